@@ -1,0 +1,60 @@
+"""Image-text data: what a source gives, what a step takes, and what an evaluation asks."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Samples:
+    """Captioned images. pixels: uint8 [N, 3, S, S]; negatives: one wrong caption an image, or None."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+    negatives: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass
+class SwapItems:
+    """Winoground-like items: caption c of item n describes image c and not image 1 - c.
+
+    Shapes: pixels uint8 [N, 2, 3, S, S], captions [N] pairs, kind [N].
+    """
+
+    pixels: torch.Tensor
+    captions: list[tuple[str, str]]
+    kind: list[str]
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass
+class Batch:
+    """One rank's part of one contrastive batch.
+
+    Shapes: ids, visits int64 [b]; pixels uint8 [b, 3, S, S]; tokens, negative_tokens int64 [b, L].
+    teacher_captions: what the teacher is told about each image (`captions`, or the control's shuffled ones).
+    pixels_teacher: the same images at the teacher's size; None where both sizes are equal or nobody asks.
+    """
+
+    ids: torch.Tensor
+    visits: torch.Tensor
+    pixels: torch.Tensor
+    captions: list[str]
+    negatives: list[str] | None = None
+    tokens: torch.Tensor | None = None
+    negative_tokens: torch.Tensor | None = None
+    pixels_teacher: torch.Tensor | None = None
+    teacher_captions: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.teacher_captions:
+            self.teacher_captions = self.captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
