@@ -1,0 +1,5 @@
+"""The frozen diffusion model."""
+
+from fastsds.teacher.loading import Teacher
+
+__all__ = ["Teacher"]
