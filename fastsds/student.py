@@ -63,7 +63,9 @@ class Student(nn.Module):
     BatchNorm statistics and dropout stay frozen: a step must not depend on how a batch is cut.
     """
 
-    def __init__(self, clip: nn.Module, config: dict, tokenizer, latent_shape: tuple[int, int, int] | None = None):
+    def __init__(
+        self, clip: nn.Module, config: dict, tokenizer, latent_shape: tuple[int, int, int] | None = None
+    ):
         super().__init__()
         self.clip = clip
         self.config, self.tokenizer = config, tokenizer
@@ -91,17 +93,22 @@ class Student(nn.Module):
         """(pixels / 255 - mean) / std, in the dtype of the weights. Shapes: uint8 [B, 3, S, S] -> [B, 3, S, S]."""
         expected = (3, self.image_size, self.image_size)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
-            raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {expected[1]}, {expected[2]}]")
+            raise ValueError(
+                f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {expected[1]}, {expected[2]}]"
+            )
         dtype = self.clip.logit_scale.dtype
         wide = torch.promote_types(dtype, torch.float32)
         if (key := (pixels.device, wide)) not in self._statistics:
             self._statistics[key] = tuple(
-                torch.tensor(v, dtype=wide, device=pixels.device).view(1, 3, 1, 1) for v in (self._mean, self._std)
+                torch.tensor(v, dtype=wide, device=pixels.device).view(1, 3, 1, 1)
+                for v in (self._mean, self._std)
             )
         mean, std = self._statistics[key]
         return ((pixels.to(wide) / 255 - mean) / std).to(dtype)
 
-    def forward(self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> StudentOutput:
+    def forward(
+        self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None
+    ) -> StudentOutput:
         """Shapes: pixels uint8 [B, 3, S, S] or None, tokens int64 [N, L] or None -> StudentOutput."""
         raw = image = text = z = None
         if pixels is not None:
@@ -137,7 +144,12 @@ def load_student(
     import open_clip
 
     name, folder = _resolve(model, pretrained)
-    options = {"nonscalar_logit_scale": True, "device": "cpu", "precision": "fp32", "force_patch_dropout": 0.0}
+    options = {
+        "nonscalar_logit_scale": True,
+        "device": "cpu",
+        "precision": "fp32",
+        "force_patch_dropout": 0.0,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -145,7 +157,9 @@ def load_student(
             tokenizer = open_clip.get_tokenizer(name)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise ConfigError(f"student {model}: {_first_line(error)}") from error
-        model_cfg = open_clip.factory.get_model_config(name.replace("/", "-") if folder is None and ":" not in name else name)
+        model_cfg = open_clip.factory.get_model_config(
+            name.replace("/", "-") if folder is None and ":" not in name else name
+        )
         config = {"model_cfg": model_cfg, "preprocess_cfg": dict(clip.visual.preprocess_cfg)}
         saved = _read_head(folder) if folder is not None else None
         if latent_shape is None and saved is not None:
@@ -171,7 +185,9 @@ def apply_tuning(student: Student, tune: str, head: bool = True) -> list[str]:
     if tune not in ("layernorm", "all"):
         raise ConfigError(f"student.tune: {tune!r}, expected layernorm or all")
     kinds = nn.LayerNorm | nn.modules.batchnorm._BatchNorm
-    norms = {id(p) for m in student.clip.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+    norms = {
+        id(p) for m in student.clip.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)
+    }
     trained = []
     for name, parameter in student.named_parameters():
         if name.startswith("head."):
@@ -199,11 +215,17 @@ def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path
         hf = getattr(like.tokenizer, "tokenizer", None)
         if hasattr(hf, "save_pretrained"):
             hf.save_pretrained(out)
-            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."  # plain open_clip takes the folder itself
+            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = (
+                "."  # plain open_clip takes the folder itself
+            )
         _replace(out / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     else:
         for file in sorted(Path(like).iterdir()):
-            if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.resolve() != (out / file.name).resolve():
+            if (
+                file.is_file()
+                and file.suffix not in WEIGHT_SUFFIXES
+                and file.resolve() != (out / file.name).resolve()
+            ):
                 shutil.copyfile(file, out / file.name)
     parts: dict[str, dict] = {"clip": {}, "head": {}}
     for name, tensor in state.items():
@@ -259,13 +281,17 @@ def _resolve(model: str | Path, pretrained: str | None) -> tuple[str, Path | Non
         if not any(f.suffix in WEIGHT_SUFFIXES and f.name != HEAD_FILE for f in folder.iterdir()):
             raise ConfigError(f"{folder}: no weights (expected {WEIGHTS_FILE})")
         if pretrained is not None:
-            raise ConfigError(f"student.pretrained: {pretrained!r}, but {folder} has its own weights; expected null")
+            raise ConfigError(
+                f"student.pretrained: {pretrained!r}, but {folder} has its own weights; expected null"
+            )
         return f"local-dir:{folder}", folder
     if text.replace("/", "-") in open_clip.list_models():
         return text, None
     if text == "world" or text.startswith(("local-dir:", ".", "/", "~")) or "/" in text:
         raise ConfigError(f"student.model: folder {folder} does not exist")
-    raise ConfigError(f"student.model: {text!r} is neither a folder nor an open_clip model (see open_clip.list_models())")
+    raise ConfigError(
+        f"student.model: {text!r} is neither a folder nor an open_clip model (see open_clip.list_models())"
+    )
 
 
 def _read_head(folder: Path) -> tuple[tuple[int, ...], dict] | None:
@@ -278,14 +304,18 @@ def _read_head(folder: Path) -> tuple[tuple[int, ...], dict] | None:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}
     if "latent_shape" not in metadata or set(state) != {"linear.weight", "linear.bias"}:
-        raise ConfigError(f"{folder / HEAD_FILE}: not a latent head (expected linear.weight, linear.bias and latent_shape)")
+        raise ConfigError(
+            f"{folder / HEAD_FILE}: not a latent head (expected linear.weight, linear.bias and latent_shape)"
+        )
     return tuple(json.loads(metadata["latent_shape"])), state
 
 
 def _shape_of_head(like: Path, state: dict) -> tuple[int, ...]:
     saved = _read_head(Path(like))
     if saved is None or math.prod(saved[0]) != state["linear.bias"].numel():
-        raise ValueError(f"the latent shape of the head is unknown: {like} has no {HEAD_FILE} like it; pass the student")
+        raise ValueError(
+            f"the latent shape of the head is unknown: {like} has no {HEAD_FILE} like it; pass the student"
+        )
     return saved[0]
 
 
@@ -307,9 +337,13 @@ def _check_text(student: Student, model: str | Path) -> None:
     try:
         tokens = student.tokenize(["a red ring", "word " * 200, "naïve 雪 \N{SNOWMAN}"])
     except Exception as error:
-        raise ConfigError(f"student {model}: its tokenizer fails on a caption: {_first_line(error)}") from error
+        raise ConfigError(
+            f"student {model}: its tokenizer fails on a caption: {_first_line(error)}"
+        ) from error
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
-        raise ConfigError(f"student {model}: token {int(tokens.max())} is past the text tower's {vocabulary} entries")
+        raise ConfigError(
+            f"student {model}: token {int(tokens.max())} is past the text tower's {vocabulary} entries"
+        )
     if pool not in ("argmax", "eos") or end is None:
         return  # 'first', 'last' and HF towers do not look for the end token
     if pool == "argmax":

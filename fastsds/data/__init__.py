@@ -58,3 +58,8 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def student_tokens(self) -> torch.Tensor:
+        """What the text tower reads: tokens, then negative_tokens if there are any. Shapes: int64 [b or 2b, L]."""
+        return self.tokens if self.negative_tokens is None else torch.cat([self.tokens, self.negative_tokens])

@@ -1,0 +1,171 @@
+"""SDS-CLIP (arXiv 2307.09233): a frozen text-to-image diffusion model teaches a CLIP where things are.
+
+    L = L_CLIP + lambda * L_SDS
+
+f = image embedding of x, z = h_w(f), c its caption, z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps, eps_hat the teacher's
+noise prediction at (z_t, t, c). B images in the contrastive batch, CHW elements in a latent.
+
+    L_SDS   = 1/B sum_b w(t_b) * mean over elements of (eps_hat - eps)^2
+    full      its gradient, through the frozen UNet
+    sds       dL/dz = 2 w (eps_hat - eps) / (B CHW): the UNet's Jacobian dropped, alpha left out. With
+              w = sqrt((1 - abar)/abar) (`inverse_snr_root`) this is the gradient of mean ||z - sg[x0hat(z_t, t, c)]||^2
+              with no further constant, because z - x0hat = sqrt((1 - abar)/abar) (eps_hat - eps): regression to what
+              the caption makes the teacher see. The two losses share that gradient, not the value.
+    latents   a control without a teacher's UNet: mean ||z - (VAE latent of x)||^2, not weighted
+    noised: false   the paper's printed form: the UNet is asked about z itself at t, and eps is compared all the same
+
+t and eps depend on (seed, sample id, visit) alone, so on no batch size, rank or restart. rho = lambda |dL_SDS/df| /
+|dL_CLIP/df| is lambda with its unit taken off; `lambda: auto` chooses the lambda that holds a given rho.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastsds import ops
+from fastsds.config import ConfigError
+from fastsds.data import Batch
+from fastsds.schedule import timestep_range
+from fastsds.student import StudentOutput
+
+MEMORY = 0.99  # of the running squared gradient norms that `lambda: auto` divides
+
+
+def teacher_parts(loss, head_init: str = "default") -> tuple[str, ...]:
+    """The parts of the teacher that a recipe asks: none at lambda 0."""
+    if loss.lambda_ == 0:
+        return ()
+    parts = {"vae"} if loss.gradient == "latents" else {"unet", "text"}
+    if head_init == "ridge":
+        parts.add("vae")
+    return tuple(sorted(parts))
+
+
+def teacher_pixels(batch: Batch) -> torch.Tensor:
+    """The batch's images at the teacher's size."""
+    return batch.pixels if batch.pixels_teacher is None else batch.pixels_teacher
+
+
+class SDSCLIP:
+    """The loss of one contrastive batch, of which this rank holds a part.
+
+    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0. seed: of timesteps and noise.
+    The gradient of a rank's loss, averaged over ranks, is the gradient of one rank with the whole batch.
+    """
+
+    def __init__(self, loss, teacher=None, seed: int = 0, world_size: int = 1, rank: int = 0):
+        from open_clip import ClipLoss
+
+        if loss.reference != "noise":
+            raise ConfigError(f"loss.reference: {loss.reference!r}, expected noise")
+        if loss.gradient not in ("sds", "full", "latents"):
+            raise ConfigError(f"loss.gradient: {loss.gradient!r}, expected sds, full or latents")
+        self.loss, self.teacher, self.seed = loss, teacher, seed
+        self.world_size, self.rank = world_size, rank
+        self.auto, self.off = loss.lambda_ == "auto", loss.lambda_ == 0
+        self.clip_loss = ClipLoss(local_loss=False, gather_with_grad=True, rank=rank, world_size=world_size)
+        self.running: torch.Tensor | None = (
+            None  # [|dL_CLIP/df|^2, |dL_SDS/df|^2], decayed sums of the same weight
+        )
+        if self.off:
+            return
+        if teacher is None:
+            raise ValueError(f"loss.lambda is {loss.lambda_}, so the recipe needs a teacher")
+        try:
+            self.timesteps = timestep_range(teacher.alphas_cumprod, loss.t, loss.log_snr, loss.shift)
+        except ValueError as error:
+            raise ConfigError(f"loss: {error}") from error
+
+    def __call__(
+        self, out: StudentOutput, batch: Batch, step: int, diagnose: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """The loss of one micro-batch, and its parts.
+
+        Args: out: the student's answer to (batch.pixels, batch.student_tokens). step: counts optimizer steps; L_SDS
+            is there on every sds_every-th, with sds_every times lambda. diagnose: also measure rho and the cosine of
+            the two gradients at f, over all ranks.
+        Returns: 0-dim tensors: loss (to be differentiated), clip, lambda; where the teacher was asked also sds, and
+            with diagnose rho and cosine. clip is the whole batch's value on each rank, sds this rank's mean.
+        """
+        clip = self.contrastive(out, batch)
+        if self.off:
+            return {"loss": clip, "clip": clip.detach(), "lambda": torch.zeros_like(clip)}
+        if step % self.loss.sds_every:  # h_w keeps a (zero) gradient, so that every engine steps it alike
+            parts = {"loss": clip + 0.0 * out.z.sum(), "clip": clip.detach()}
+            return (
+                parts if self.auto else {**parts, "lambda": torch.full_like(clip, self.loss.lambda_).detach()}
+            )
+        sds = self.distillation(out.z, batch)
+        parts = {"clip": clip.detach(), "sds": sds.detach()}
+        if self.auto or diagnose:
+            squares = self._gradient_products(clip, sds, out.image_raw)
+        if self.auto:
+            self.running = squares[:2] + (
+                0 if self.running is None else MEMORY * self.running.to(squares.device)
+            )
+            weight = self.loss.rho * (self.running[0] / self.running[1].clamp_min(1e-30)).sqrt()
+        else:
+            weight = torch.full_like(sds, self.loss.lambda_).detach()
+        parts["lambda"] = weight
+        if diagnose:
+            clip_norm, sds_norm = squares[:2].sqrt().clamp_min(1e-30)
+            parts["rho"] = weight * sds_norm / clip_norm
+            parts["cosine"] = squares[2] / (clip_norm * sds_norm)
+        return {"loss": clip + self.loss.sds_every * weight * sds, **parts}
+
+    def contrastive(self, out: StudentOutput, batch: Batch) -> torch.Tensor:
+        """L_CLIP of the whole contrastive batch, the same value on every rank.
+
+        With negatives, out.text is [2b, d] and each image also has the B wrong captions to tell apart from its own.
+        """
+        if self.loss.negatives == "none":
+            return self.clip_loss(out.image, out.text, out.logit_scale)
+        if len(out.text) != 2 * len(batch):
+            raise ValueError(
+                f"loss.negatives: text features of {len(out.text)} captions, expected 2 x {len(batch)}"
+            )
+        features = torch.cat([out.image, *out.text.split(len(batch))], dim=1)
+        if self.world_size > 1:
+            from torch.distributed.nn import all_gather
+
+            features = torch.cat(all_gather(features))
+        image, text, negative = features.chunk(3, dim=1)
+        own, wrong = out.logit_scale * image @ text.T, out.logit_scale * image @ negative.T
+        labels = torch.arange(len(image), device=image.device)
+        return (F.cross_entropy(torch.cat([own, wrong], dim=1), labels) + F.cross_entropy(own.T, labels)) / 2
+
+    def distillation(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """L_SDS of this rank's images, not yet times lambda. Shapes: z [b, C, h, w] -> 0-dim."""
+        if self.loss.gradient == "latents":
+            return F.mse_loss(z, self.teacher.encode(teacher_pixels(batch)).to(z.dtype))
+        if self.loss.captions == "shuffled" and batch.teacher_captions is batch.captions:
+            raise ValueError("loss.captions: shuffled, but this batch has no shuffled captions")
+        teacher, schedule = self.teacher, self.teacher.alphas_cumprod
+        text = teacher.embed(batch.teacher_captions)
+        t = ops.Noise(self.seed, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(
+            *self.timesteps
+        )
+        noise = ops.Noise(self.seed, ops.draw(ops.Purpose.NOISE, batch.visits), batch.ids)
+        through = self.loss.gradient == "full"
+        with torch.set_grad_enabled(through):
+            source = z if through else z.detach()
+            z_t = ops.add_noise(source, t, schedule, noise)[0] if self.loss.noised else source
+            pred = teacher.predict(z_t, t, text)
+        kinds = {"x_t": z_t, "prediction_type": teacher.prediction_type, "weighting": self.loss.weighting}
+        if through:
+            return ops.denoising_loss(pred, noise, t, schedule, reduction="mean", **kinds)
+        return 2 * ops.sds_loss(z, pred, noise, t, schedule, reduction="mean", **kinds)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs: the running norms behind `lambda: auto`, alike on all ranks."""
+        return {} if self.running is None else {"running": self.running}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.running = state["running"].clone() if "running" in state else None
+
+    def _gradient_products(self, clip: torch.Tensor, sds: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        """[|g_clip|^2, |g_sds|^2, <g_clip, g_sds>] at f, over all ranks: fp32 [3]."""
+        g_clip, g_sds = (torch.autograd.grad(part, f, retain_graph=True)[0] for part in (clip, sds))
+        products = torch.stack([(g_clip * g_clip).sum(), (g_sds * g_sds).sum(), (g_clip * g_sds).sum()])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(products)
+        return products
