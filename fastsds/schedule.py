@@ -1,0 +1,140 @@
+"""Noise schedules: how much signal (alpha) and how much noise (sigma) a timestep leaves.
+
+Everything is computed in fp32 (float64 for float64 samples) from alpha-bar itself. A schedule in half precision is
+refused: bf16 alone would move alpha by up to 0.6 %, and half of all timesteps between 0 and 999.
+"""
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def alpha_sigma(schedule, t, like):
+    """Return the two factors of `x_t = alpha * x0 + sigma * eps`.
+
+        alpha = sqrt(abar[t]),  sigma = sqrt(1 - abar[t])        (alpha = 1 - sigma for a flow-matching scheduler)
+
+    Args:
+        schedule: a 1-D alpha-bar tensor (also called `alphas_cumprod`), a diffusers scheduler, or a pair
+            `(alpha, sigma)` of numbers or tensors, which are taken as the values themselves (t is then not read).
+        t: int, or integer tensor [1], [B], [B, 1, 1, 1] or with more leading axes such as [B, F]. Float timesteps are
+            accepted only by flow-matching schedulers (sigma = t / num_train_timesteps).
+        like: the sample x0 [B, ...]; gives device, rank and arithmetic (float64 if it is float64, else fp32).
+
+    Returns: (alpha, sigma), each broadcastable to `like`: t's own axes first, then ones.
+    Raises: ValueError for a half-precision or differentiable schedule, for t of a wrong type, shape or range (the range
+        is checked where it costs no synchronisation: on the CPU, outside torch.compile).
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(schedule, (tuple, list)):
+        if len(schedule) != 2:
+            raise ValueError(f"schedule: an (alpha, sigma) pair has 2 entries, this one has {len(schedule)}")
+        return tuple(_pair_entry(v, name, like, dtype) for v, name in zip(schedule, ("alpha", "sigma")))
+
+    table = schedule if isinstance(schedule, torch.Tensor) else getattr(schedule, "alphas_cumprod", None)
+    if table is None:
+        return _flow(schedule, t, like, dtype)
+    _check_factor(table, "schedule")
+    if table.ndim != 1:
+        raise ValueError(f"schedule: expected a 1-D alpha-bar tensor, got shape {tuple(table.shape)}")
+    t = _timesteps(t, like)
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        raise ValueError(f"t: an alpha-bar schedule is indexed by integers, got dtype {t.dtype}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(t)) if t.numel() else (0, 0)
+        if low < 0 or high >= len(table):
+            raise ValueError(f"t: values must lie in [0, {len(table)}), got {low}..{high}")
+    abar = table.to(like.device, dtype, non_blocking=True)[t.to(like.device, torch.int64, non_blocking=True)]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def log_snr(alphas_cumprod):
+    """Return log(abar / (1 - abar)) for every timestep: float64 [T], from large (clean) to small (noise)."""
+    abar = alphas_cumprod.double()
+    return torch.log(abar) - torch.log1p(-abar)
+
+
+def timestep_range(alphas_cumprod, t=None, log_snr=None, shift=0.0):
+    """Turn a range of noise levels into a half-open range of timesteps.
+
+    Args:
+        alphas_cumprod: [T].
+        t: (lo, hi) as fractions of T, 0 <= lo < hi <= 1; or None.
+        log_snr: (lo, hi); the timesteps with lo + shift <= log SNR <= hi + shift; or None. Give exactly one of the two.
+        shift: added to both ends of `log_snr`. For a range found at h x w and used at H x W: -log(H W / (h w)).
+
+    Returns: (first, last_exclusive), two ints.
+    Raises: ValueError if the range is malformed or holds no timestep.
+    """
+    steps = len(alphas_cumprod)
+    if (t is None) == (log_snr is None):
+        raise ValueError("timestep_range: give either t=(lo, hi) or log_snr=(lo, hi)")
+    low, high = t if log_snr is None else log_snr
+    if log_snr is None:
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"t: fractions of T with 0 <= lo < hi <= 1 expected, got ({low}, {high})")
+        if shift:
+            raise ValueError("shift: applies to log_snr only")
+        first, last = round(low * steps), round(high * steps)
+        if first >= last:
+            raise ValueError(f"t: ({low}, {high}) of {steps} timesteps holds none")
+        return first, last
+    if not low < high:
+        raise ValueError(f"log_snr: lo < hi expected, got ({low}, {high})")
+    level = globals()["log_snr"](alphas_cumprod)
+    inside = ((level >= low + shift) & (level <= high + shift)).nonzero().flatten()
+    if not len(inside):
+        raise ValueError(
+            f"log_snr: no timestep lies in [{low + shift:g}, {high + shift:g}]; "
+            f"this schedule covers [{float(level.min()):g}, {float(level.max()):g}]"
+        )
+    return int(inside[0]), int(inside[-1]) + 1
+
+
+def _timesteps(t, like):
+    """t as a tensor with like's rank: leading axes match like's (or are 1), trailing axes are 1."""
+    if isinstance(t, bool) or not isinstance(t, (int, float, torch.Tensor)):
+        raise ValueError(f"t: an int or a tensor expected, got {type(t).__name__}")
+    if not isinstance(t, torch.Tensor):
+        if isinstance(t, int):
+            return torch.full((1,) * like.ndim, t, dtype=torch.int64)
+        return torch.full((1,) * like.ndim, t, dtype=torch.float64)
+    return _leading(t, "t", like)
+
+
+def _leading(v, name, like):
+    ok = v.ndim <= like.ndim and all(a in (1, b) for a, b in zip(v.shape, like.shape))
+    if not ok:
+        raise ValueError(
+            f"{name}: shape {tuple(v.shape)} does not match the leading axes of the sample {tuple(like.shape)}"
+        )
+    return v.reshape(*v.shape, *(1,) * (like.ndim - v.ndim))
+
+
+def _check_factor(v, name):
+    if v.dtype in HALF or not v.is_floating_point():
+        raise ValueError(f"{name}: fp32 or fp64 expected, got {v.dtype} (half precision loses sigma near t = 0)")
+    if v.requires_grad:
+        raise ValueError(f"{name}: the schedule is a constant here, but this tensor requires a gradient; detach it")
+
+
+def _pair_entry(v, name, like, dtype):
+    if not isinstance(v, torch.Tensor):
+        return torch.full((1,) * like.ndim, float(v), dtype=dtype, device=like.device)
+    _check_factor(v, name)
+    return _leading(v, name, like).to(like.device, dtype, non_blocking=True)
+
+
+def _flow(scheduler, t, like, dtype):
+    """sigma = t / num_train_timesteps: a flow-matching scheduler's own relation between the two."""
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if steps is None or not hasattr(scheduler, "sigmas"):
+        raise ValueError(
+            f"schedule: {type(scheduler).__name__} has neither alphas_cumprod nor sigmas; "
+            "give an alpha-bar tensor, a diffusers scheduler or an (alpha, sigma) pair"
+        )
+    t = _timesteps(t, like)
+    if t.dtype in HALF:
+        raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
+    sigma = t.to(like.device, dtype, non_blocking=True) / steps
+    return 1 - sigma, sigma

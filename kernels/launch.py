@@ -1,0 +1,101 @@
+"""What every kernel file shares: the interpreter switch, argument checks, strides, registration and the one launch rule.
+
+One device, one path: an op runs its Triton kernel on CUDA, and on the CPU its reference twin. With TRITON_INTERPRET=1 set
+before the first import, the CPU runs the Triton kernel too. Samples in float64 go through the twin on every device (their
+oracle and their arithmetic are the same thing); a device without an implementation is an error of the dispatcher.
+"""
+
+import collections
+import contextlib
+import math
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_INNER = 4  # separately strided axes within a sample
+BLOCK = 1024  # elements a program; eight an fp32 thread. By arithmetic (two 16-byte loads in flight), not yet measured.
+NUM_WARPS = 4
+
+launches = collections.Counter()  # kernel name -> launches in this process; tests read it
+
+
+def define(name, launcher, reference, fake, schema=None):
+    """Declare `fastsds::name`: the twin on the CPU, the launcher on CUDA (and on the CPU when interpreting)."""
+    cpu = launcher if INTERPRETED else reference
+    op = torch.library.custom_op(f"fastsds::{name}", cpu, mutates_args=(), device_types="cpu", schema=schema)
+    op.register_kernel("cuda", launcher)
+    op.register_fake(fake)
+    return op
+
+
+def launch(kernel, programs, *args, block, **constants):
+    """Run `kernel` on a 1-D grid: the current device is the first tensor's, and multiplies are never fused with adds.
+
+    Without fusion every device computes the same bits, and the noise inside a loss is the noise that was added.
+    """
+    if programs == 0:
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    launches[kernel.__name__ if INTERPRETED else kernel.fn.__name__] += 1
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[(programs,)](*args, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=False, **constants)
+
+
+def block_size(n):
+    """A power of two that covers a small sample in one program and never exceeds BLOCK."""
+    return max(128, min(BLOCK, triton.next_power_of_2(n)))
+
+
+def output_dtype(dtype):
+    """The dtype a kernel stores. The interpreter truncates half-precision stores, so there the launcher rounds instead."""
+    return torch.float32 if INTERPRETED else dtype
+
+
+def row_length(x):
+    """Elements in a sample. Offsets within a sample are 32-bit, as is the noise's counter."""
+    n = math.prod(x.shape[1:])
+    if n >= 2**31:
+        raise ValueError(f"a sample of shape {tuple(x.shape[1:])} has {n} elements; at most 2^31 - 1 are supported")
+    return n
+
+
+class Layout:
+    """How the kernels find logical element i of sample b in each of several tensors of one shape.
+
+    When every sample is contiguous in every tensor, the kernels see rows and row strides, in units of `unit` elements, the
+    largest power of two (at most 16) that divides them all: that is what lets the compiler prove 16-byte accesses.
+    Otherwise they split i over at most MAX_INNER axes, merged where all tensors allow it. Nothing is ever copied.
+    """
+
+    def __init__(self, *tensors):
+        first = tensors[0]
+        self.n = row_length(first)
+        sizes = list(first.shape[1:])
+        strides = [list(v.stride()[1:]) for v in tensors]
+        keep = [i for i, size in enumerate(sizes) if size != 1]
+        sizes, strides = [sizes[i] for i in keep], [[s[i] for i in keep] for s in strides]
+        for i in range(len(sizes) - 2, -1, -1):
+            if all(s[i] == s[i + 1] * sizes[i + 1] for s in strides):
+                sizes[i : i + 2] = [sizes[i] * sizes[i + 1]]
+                for s in strides:
+                    del s[i]
+        if len(sizes) > MAX_INNER:
+            raise ValueError(
+                f"strides {[tuple(v.stride()) for v in tensors]} of shape {tuple(first.shape)} need {len(sizes)} separate "
+                f"axes within a sample, at most {MAX_INNER} are supported; call .contiguous() first"
+            )
+        self.contiguous = len(sizes) == 0 or (len(sizes) == 1 and all(s[0] == 1 for s in strides))
+        batch = [v.stride(0) if len(v) > 1 else 0 for v in tensors]
+        self.unit = 1
+        if self.contiguous:
+            self.unit = math.gcd(16, self.n, *batch)
+        pad = MAX_INNER - len(sizes)
+        self.sizes = (1,) * pad + tuple(sizes) if not self.contiguous else (1,) * MAX_INNER
+        # (row stride in units, then the axes' strides), one tuple a tensor
+        self.strides = [
+            (row // self.unit, *((0,) * pad + tuple(s) if not self.contiguous else (0,) * MAX_INNER))
+            for row, s in zip(batch, strides)
+        ]

@@ -1,0 +1,145 @@
+"""Noise injection, with the noise made in registers when it is given by seed.
+
+    x_t = alpha_b * x0 + sigma_b * eps                 dx0 = alpha_b * g,   deps = sigma_b * g (when eps is a tensor)
+
+Shapes: x0, x_t, eps [B, ...] of any strides; alpha, sigma [B] fp32. eps is a tensor or the stream (seed, draw, ids) of
+`philox.py`, indexed by the row-major logical index, whatever the layout. Arithmetic fp32, one rounding at the store.
+Bytes an element: forward 2 s with a seed (s = bytes of x0's dtype), 2 s + s_eps with a tensor; backward 2 s.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsds import reference
+from fastsds.kernels import launch
+from fastsds.kernels.philox import normal_block
+
+
+@triton.jit
+def offsets(o_i, sizes, strides, CONTIGUOUS: tl.constexpr):
+    """Offset of logical elements o_i within a sample; sizes (n0..n3), strides (row, s0..s3) as in launch.Layout."""
+    if CONTIGUOUS:
+        return o_i
+    o_i = o_i.to(tl.int64)
+    o_3, o_i = o_i % sizes[3], o_i // sizes[3]
+    o_2, o_i = o_i % sizes[2], o_i // sizes[2]
+    o_1, o_0 = o_i % sizes[1], o_i // sizes[1]
+    return o_0 * strides[1] + o_1 * strides[2] + o_2 * strides[3] + o_3 * strides[4]
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _add_noise_kernel(
+    x_ptr, eps_ptr, alpha_ptr, sigma_ptr, draw_ptr, id_ptr, out_ptr,
+    seed, draw_stride, blocks, units, sizes, x_strides, eps_strides, out_strides,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * BLOCK
+    o_i = start + tl.arange(0, BLOCK)
+    m_i = o_i < units * UNIT
+    x = tl.load(x_ptr + i_b * x_strides[0] * UNIT + offsets(o_i, sizes, x_strides, CONTIGUOUS), mask=m_i)
+    if SEEDED:
+        eps = normal_block(start, seed, tl.load(draw_ptr + i_b * draw_stride), tl.load(id_ptr + i_b), BLOCK)
+    else:
+        eps = tl.load(eps_ptr + i_b * eps_strides[0] * UNIT + offsets(o_i, sizes, eps_strides, CONTIGUOUS), mask=m_i)
+    x_t = tl.load(alpha_ptr + i_b) * x.to(tl.float32) + tl.load(sigma_ptr + i_b) * eps.to(tl.float32)
+    o_out = i_b * out_strides[0] * UNIT + offsets(o_i, sizes, out_strides, CONTIGUOUS)
+    tl.store(out_ptr + o_out, x_t.to(out_ptr.dtype.element_ty), mask=m_i)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    x_ptr, scale_ptr, out_ptr, blocks, units, sizes, x_strides, out_strides,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    m_i = o_i < units * UNIT
+    x = tl.load(x_ptr + i_b * x_strides[0] * UNIT + offsets(o_i, sizes, x_strides, CONTIGUOUS), mask=m_i)
+    y = tl.load(scale_ptr + i_b) * x.to(tl.float32)
+    o_out = i_b * out_strides[0] * UNIT + offsets(o_i, sizes, out_strides, CONTIGUOUS)
+    tl.store(out_ptr + o_out, y.to(out_ptr.dtype.element_ty), mask=m_i)
+
+
+def _add_noise_cuda(
+    x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
+) -> Tensor:
+    if reference.compute_dtype(x0, eps) == torch.float64:
+        return _add_noise_cpu(x0, eps, alpha, sigma, seed, draw, ids)
+    out = torch.empty_like(x0, dtype=launch.output_dtype(x0.dtype))
+    layout = launch.Layout(x0, out, x0 if eps is None else eps)
+    block = launch.block_size(layout.n)
+    blocks = triton.cdiv(layout.n, block)
+    launch.launch(
+        _add_noise_kernel, len(x0) * blocks,
+        x0, eps, alpha, sigma, draw, ids, out,
+        seed, 0 if draw is None or len(draw) == 1 else 1, blocks, layout.n // layout.unit,
+        layout.sizes, layout.strides[0], layout.strides[2], layout.strides[1],
+        UNIT=layout.unit, CONTIGUOUS=layout.contiguous, SEEDED=eps is None, block=block,
+    )  # fmt: skip
+    return out.to(x0.dtype)
+
+
+def _add_noise_cpu(
+    x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
+) -> Tensor:
+    out = reference.add_noise(x0, reference.resolve_noise(x0, eps, draw, ids, seed), alpha, sigma)
+    return torch.empty_like(x0).copy_(out)
+
+
+def _scale_rows_cuda(x: Tensor, scale: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        return _scale_rows_cpu(x, scale)
+    out = torch.empty_like(x, dtype=launch.output_dtype(x.dtype))
+    layout = launch.Layout(x, out)
+    block = launch.block_size(layout.n)
+    blocks = triton.cdiv(layout.n, block)
+    launch.launch(
+        _scale_rows_kernel, len(x) * blocks,
+        x, scale, out, blocks, layout.n // layout.unit, layout.sizes, *layout.strides,
+        UNIT=layout.unit, CONTIGUOUS=layout.contiguous, block=block,
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+def _scale_rows_cpu(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(reference.scale_rows(x, scale))
+
+
+add_noise = launch.define(
+    "add_noise", _add_noise_cuda, _add_noise_cpu, lambda x0, eps, alpha, sigma, seed, draw, ids: torch.empty_like(x0)
+)
+scale_rows = launch.define("scale_rows", _scale_rows_cuda, _scale_rows_cpu, lambda x, scale: torch.empty_like(x))
+
+
+def _add_noise_context(ctx, inputs, output):
+    _, eps, alpha, sigma, _, _, _ = inputs
+    ctx.save_for_backward(alpha, sigma)
+    ctx.eps_dtype = None if eps is None else eps.dtype
+
+
+def _add_noise_backward(ctx, g):
+    alpha, sigma = ctx.saved_tensors
+    dx = scale_rows(g, alpha) if ctx.needs_input_grad[0] else None
+    deps = scale_rows(g, sigma).to(ctx.eps_dtype) if ctx.needs_input_grad[1] else None
+    return dx, deps, None, None, None, None, None
+
+
+def _scale_rows_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _scale_rows_backward(ctx, g):
+    return scale_rows(g, ctx.saved_tensors[0]), None
+
+
+add_noise.register_autograd(_add_noise_backward, setup_context=_add_noise_context)
+scale_rows.register_autograd(_scale_rows_backward, setup_context=_scale_rows_context)
+
+
+def bytes_moved(x0, eps=None, backward=False):
+    """Compulsory traffic of add_noise (or of its backward to x0), in bytes."""
+    both = 2 * x0.numel() * x0.element_size()
+    return both if backward or eps is None else both + eps.numel() * eps.element_size()
