@@ -24,7 +24,7 @@ from fastsds.world.tokenizer import train_tokenizer
 
 AUTOENCODER = {"steps": 1000, "batch": 64, "lr": 2e-3, "kl": 1e-4}
 WARMUP = {"steps": 600, "batch": 128, "lr": 2e-3}
-TEACHER = {"steps": 4000, "batch": 96, "lr": 1.5e-3, "scenes": 60_000}
+TEACHER = {"steps": 3500, "batch": 64, "lr": 1.5e-3, "scenes": 60_000}
 STUDENT = {"steps": 1000, "batch": 32, "lr": 1e-3, "weight_decay": 0.05}
 FIRST_PRETRAINING = 1 << 24  # the student's pretraining scenes are not those it is fine-tuned on
 
