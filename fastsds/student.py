@@ -156,7 +156,7 @@ def load_student(
             clip = open_clip.create_model(name, pretrained=pretrained, **options)
             tokenizer = open_clip.get_tokenizer(name)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"student {model}: {_first_line(error)}") from error
+            raise ConfigError(f"student {model}: {_brief(error)}") from error
         model_cfg = open_clip.factory.get_model_config(
             name.replace("/", "-") if folder is None and ":" not in name else name
         )
@@ -259,8 +259,8 @@ def _embedding_width(clip: nn.Module, config: dict) -> int:
     return int(config["model_cfg"].get("embed_dim") or clip.visual.output_dim)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _brief(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).strip().split("\n")[:2])
 
 
 def _resolve(model: str | Path, pretrained: str | None) -> tuple[str, Path | None]:
@@ -302,7 +302,7 @@ def _read_head(folder: Path) -> tuple[tuple[int, ...], dict] | None:
         return None
     with safe_open(folder / HEAD_FILE, "pt") as file:
         metadata = file.metadata() or {}
-        state = {key: file.get_tensor(key) for key in file.keys()}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if "latent_shape" not in metadata or set(state) != {"linear.weight", "linear.bias"}:
         raise ConfigError(
             f"{folder / HEAD_FILE}: not a latent head (expected linear.weight, linear.bias and latent_shape)"
@@ -338,7 +338,7 @@ def _check_text(student: Student, model: str | Path) -> None:
         tokens = student.tokenize(["a red ring", "word " * 200, "naïve 雪 \N{SNOWMAN}"])
     except Exception as error:
         raise ConfigError(
-            f"student {model}: its tokenizer fails on a caption: {_first_line(error)}"
+            f"student {model}: its tokenizer fails on a caption: {_brief(error)}"
         ) from error
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
         raise ConfigError(

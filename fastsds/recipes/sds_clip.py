@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from fastsds import ops
 from fastsds.config import ConfigError
 from fastsds.data import Batch
-from fastsds.schedule import timestep_range
+from fastsds.schedule import alpha_sigma, timestep_range
 from fastsds.student import StudentOutput
 
 MEMORY = 0.99  # of the running squared gradient norms that `lambda: auto` divides
@@ -43,6 +43,16 @@ def teacher_parts(loss, head_init: str = "default") -> tuple[str, ...]:
 def teacher_pixels(batch: Batch) -> torch.Tensor:
     """The batch's images at the teacher's size."""
     return batch.pixels if batch.pixels_teacher is None else batch.pixels_teacher
+
+
+def epsilon(pred: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, schedule, prediction_type: str) -> torch.Tensor:
+    """The noise that a prediction of any type stands for, differentiably: L_SDS compares noise with noise."""
+    if prediction_type == "epsilon":
+        return pred
+    alpha, sigma = alpha_sigma(schedule, t, z_t)
+    if prediction_type == "v_prediction":
+        return alpha * pred + sigma * z_t
+    return (z_t - alpha * pred) / sigma
 
 
 class SDSCLIP:
@@ -68,6 +78,8 @@ class SDSCLIP:
         )
         if self.off:
             return
+        if teacher is not None and teacher.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ConfigError(f"teacher: prediction_type {teacher.prediction_type!r} is not supported")
         if teacher is None:
             raise ValueError(f"loss.lambda is {loss.lambda_}, so the recipe needs a teacher")
         try:
@@ -150,10 +162,12 @@ class SDSCLIP:
             source = z if through else z.detach()
             z_t = ops.add_noise(source, t, schedule, noise)[0] if self.loss.noised else source
             pred = teacher.predict(z_t, t, text)
-        kinds = {"x_t": z_t, "prediction_type": teacher.prediction_type, "weighting": self.loss.weighting}
+        how = {"weighting": self.loss.weighting, "reduction": "mean"}
         if through:
-            return ops.denoising_loss(pred, noise, t, schedule, reduction="mean", **kinds)
-        return 2 * ops.sds_loss(z, pred, noise, t, schedule, reduction="mean", **kinds)
+            eps_hat = epsilon(pred, z_t, t, schedule, teacher.prediction_type)
+            return ops.denoising_loss(eps_hat, noise, t, schedule, **how)
+        # ops' value is half the energy and its gradient w (eps_hat - eps) / numel: twice both is L_SDS
+        return 2 * ops.sds_loss(z, pred, noise, t, schedule, x_t=z_t, prediction_type=teacher.prediction_type, **how)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs: the running norms behind `lambda: auto`, alike on all ranks."""

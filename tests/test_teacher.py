@@ -1,0 +1,190 @@
+"""The teacher: loads a diffusers folder, stays frozen, and says exactly what diffusers says."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from fastsds.config import ConfigError
+from fastsds.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    return Teacher.load(folder)
+
+
+def test_what_the_folder_says(teacher):
+    from diffusers import DDPMScheduler
+
+    assert teacher.latent_shape == tiny.LATENT and teacher.image_size == tiny.IMAGE
+    assert teacher.prediction_type == "epsilon"
+    expected = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+    assert torch.equal(teacher.alphas_cumprod, expected)
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(teacher):
+    parameters = list(teacher.parameters())
+    assert parameters and not any(p.requires_grad for p in parameters)
+    assert not any(m.training for part in teacher.modules() for m in part.modules())
+    assert not isinstance(teacher, torch.nn.Module)  # so it can be nobody's submodule
+
+
+def test_embedding_is_the_text_encoders_last_hidden_state(folder, teacher):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    model = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    captions = ["a red ring", "", "ünïcode ☃ and a text that is cut because it is long"]
+    ids = tokenizer(captions, padding="max_length", max_length=tiny.CONTEXT, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.embed(captions), model(ids).last_hidden_state)
+
+
+def test_an_embedding_depends_on_no_neighbour_and_no_cache(folder):
+    captions = tiny.captions(37)
+    whole = Teacher.load(folder, parts=("text",)).embed(captions)
+    alone = Teacher.load(folder, parts=("text",))
+    assert torch.equal(whole, torch.cat([alone.embed([c]) for c in captions]))
+    assert torch.equal(whole.flip(0), alone.embed(captions[::-1]))
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_the_cache_is_used_and_bounded(folder, monkeypatch):
+    teacher, calls = Teacher.load(folder, parts=("text",)), []
+    teacher.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    first = teacher.embed(["a", "b", "a"])
+    assert torch.equal(teacher.embed(["b", "a"]), first[:2].flip(0)) and len(calls) == 1
+    size = first[0].numel() * first[0].element_size()
+    monkeypatch.setattr("fastsds.teacher.loading.CACHE_BYTES", 3 * size)
+    many = tiny.captions(9, seed=4)
+    assert torch.equal(teacher.embed(many), Teacher.load(folder, parts=("text",)).embed(many))
+    assert len(teacher._captions) == 3
+    calls.clear()
+    teacher.embed(many[-3:])
+    assert not calls
+
+
+def test_prediction_is_the_unets_and_its_gradient_flows_to_z_alone(teacher):
+    z = torch.randn(2, *tiny.LATENT, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    t, text = torch.tensor([3, 900]), teacher.embed(["a red ring", "the blue cross"])
+    pred = teacher.predict(z, t, text)
+    assert torch.equal(pred, teacher.unet(z, t, encoder_hidden_states=text).sample)
+    pred.square().sum().backward()
+    assert z.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not teacher.predict(z.detach(), t, text).requires_grad
+    assert teacher.predict(z.detach().double(), t, text).dtype == torch.float64
+    assert not torch.equal(pred, teacher.predict(z, t, text.flip(0)))  # it reads the caption
+
+
+def test_encode_and_decode_are_the_vaes(teacher):
+    pixels = tiny.pixels(3)
+    images = pixels.float() / 127.5 - 1
+    mean = teacher.vae.encode(images).latent_dist.mean
+    latents = teacher.encode(pixels)
+    assert torch.equal(latents, mean * 0.5) and latents.shape == (3, *tiny.LATENT)
+    decoded = teacher.decode(latents)
+    expected = ((teacher.vae.decode(latents / 0.5).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert torch.equal(decoded, expected) and decoded.dtype == torch.uint8
+
+
+def test_a_shift_factor_is_undone_both_ways(folder, tmp_path):
+    out = tmp_path / "shifted"
+    shutil.copytree(folder, out)
+    config = json.loads((out / "vae" / "config.json").read_text())
+    (out / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.25}))
+    plain, shifted = Teacher.load(folder), Teacher.load(out)
+    pixels = tiny.pixels(2)
+    torch.testing.assert_close(shifted.encode(pixels), plain.encode(pixels) - 0.25 * 0.5)
+    latents = plain.encode(pixels)
+    difference = shifted.decode(latents - 0.125).int() - plain.decode(latents).int()
+    assert difference.abs().max() <= 1
+
+
+def test_half_precision_weights_load_to_fp32(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "half"
+    shutil.copytree(folder, out)
+    for file in out.rglob("*.safetensors"):
+        save_file({k: v.half() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    half, full = Teacher.load(out), Teacher.load(folder)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    for a, b in zip(half.parameters(), full.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
+    for file in [f for f in out.rglob("*.safetensors") if f.parent.name != "text_encoder"]:
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    again = Teacher.load(out)  # the variant's file names
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), half.parameters(), strict=True))
+    assert {p.dtype for p in Teacher.load(out, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_parts_that_are_left_out_are_not_needed(folder, tmp_path):
+    out = tmp_path / "part"
+    shutil.copytree(folder, out)
+    shutil.rmtree(out / "text_encoder")
+    teacher = Teacher.load(out, parts=("vae",))
+    assert teacher.latent_shape == tiny.LATENT and len(teacher.alphas_cumprod) == 1000
+    with pytest.raises(ValueError, match="without its unet"):
+        teacher.predict(torch.zeros(1, *tiny.LATENT), torch.tensor([1]), None)
+    with pytest.raises(ValueError, match="without its text_encoder"):
+        teacher.embed(["a"])
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_missing_file_is_named(folder, tmp_path, missing):
+    out = tmp_path / "broken"
+    shutil.copytree(folder, out)
+    (out / missing).unlink()
+    with pytest.raises(ConfigError, match=f"broken: {missing} is missing"):
+        Teacher.load(out)
+
+
+def test_a_missing_folder_is_named(folder, tmp_path):
+    out = tmp_path / "broken"
+    shutil.copytree(folder, out)
+    shutil.rmtree(out / "tokenizer")
+    with pytest.raises(ConfigError, match="broken: tokenizer/vocab.json is missing"):
+        Teacher.load(out)
+    shutil.rmtree(out / "unet")
+    with pytest.raises(ConfigError, match="broken: unet/config.json is missing"):
+        Teacher.load(out)
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        Teacher.load(tmp_path / "nowhere")
+
+
+def test_damaged_files_are_named(folder, tmp_path):
+    out = tmp_path / "broken"
+    shutil.copytree(folder, out)
+    (out / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(ConfigError, match="broken: vae"):
+        Teacher.load(out)
+    (out / "unet" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"unet/config.json: not JSON"):
+        Teacher.load(out)
+
+
+def test_wrong_shapes(teacher):
+    with pytest.raises(ValueError, match=r"uint8 \[B, 3, 16, 16\]"):
+        teacher.encode(tiny.pixels(1, size=8))
+    with pytest.raises(ValueError, match=r"expected \[B, 4, 4, 4\]"):
+        teacher.predict(torch.zeros(1, 4, 8, 8), torch.tensor([1]), teacher.embed(["a"]))

@@ -1,0 +1,136 @@
+"""Very small instances of the real classes, untrained, saved in the real formats."""
+
+import json
+from pathlib import Path
+
+import torch
+
+IMAGE, LATENT, CONTEXT, WIDTH = 16, (4, 4, 4), 16, 16
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = ("a", "the", "red", "blue", "ring", "square", "is", "left", "right", "of", "above", "cross", "white")
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A byte-level CLIPTokenizer without merges; returns its size. END has the highest id."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = letters + [letter + "</w>" for letter in letters] + [START, END]
+    CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[],
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=CONTEXT,
+    ).save_pretrained(folder)
+    return len(words)
+
+
+def save_teacher(folder: Path, prediction_type: str = "epsilon", scale: float = 0.5) -> Path:
+    """A diffusers folder: latents 4x4x4 of 16x16 images."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = save_tokenizer(folder / "tokenizer")
+        UNet2DConditionModel(
+            sample_size=LATENT[1],
+            in_channels=LATENT[0],
+            out_channels=LATENT[0],
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            cross_attention_dim=WIDTH,
+        ).save_pretrained(folder / "unet")
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=LATENT[0],
+            sample_size=IMAGE,
+            scaling_factor=scale,
+        ).save_pretrained(folder / "vae")
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=size,
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=CONTEXT,
+                bos_token_id=size - 2,
+                eos_token_id=size - 1,
+                pad_token_id=size - 1,
+            )
+        )
+        for parameter in text.parameters():  # untrained embeddings are so small that captions would hardly differ
+            if parameter.ndim == 2:
+                parameter.data.normal_(std=0.3)
+        text.save_pretrained(folder / "text_encoder")
+        DDPMScheduler(
+            num_train_timesteps=1000,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type=prediction_type,
+        ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def student_config(vocabulary: int, resnet: bool = False) -> dict:
+    vision = {"image_size": IMAGE, "layers": 1, "width": WIDTH, "head_width": 8, "patch_size": 8}
+    if resnet:
+        vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+    return {
+        "model_cfg": {
+            "embed_dim": 12,
+            "vision_cfg": vision,
+            "text_cfg": {
+                "context_length": CONTEXT,
+                "vocab_size": vocabulary,
+                "hf_tokenizer_name": ".",
+                "width": WIDTH,
+                "heads": 2,
+                "layers": 1,
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.35], "interpolation": "bicubic"},
+    }
+
+
+def save_student(folder: Path, resnet: bool = False) -> Path:
+    """An open_clip folder."""
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = student_config(save_tokenizer(folder), resnet)
+        clip = CLIP(**config["model_cfg"])
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def captions(n: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        " ".join(WORDS[i] for i in row) for row in torch.randint(len(WORDS), (n, 6), generator=generator).tolist()
+    ]
+
+
+def pixels(n: int, size: int = IMAGE, seed: int = 0) -> torch.Tensor:
+    """Smooth random images. uint8 [n, 3, size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator)
+    return (torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 255).to(torch.uint8)
