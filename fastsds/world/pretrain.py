@@ -138,7 +138,7 @@ def _warm_text_encoder(text, tokens: torch.Tensor, labels: torch.Tensor, log: Lo
 
 
 def train_teacher(folder: Path, seed: int, log: Log, steps: int, parsing: bool):
-    """Denoise latents given captions, loss weight 1/sqrt(SNR) (plain weighting is won without binding)."""
+    """Denoise latents given captions, loss weight 1/SNR: uniform weighting is won without binding."""
     from transformers import CLIPTokenizer
 
     torch.manual_seed(seed)
@@ -156,7 +156,7 @@ def train_teacher(folder: Path, seed: int, log: Log, steps: int, parsing: bool):
     log(f"teacher: UNet {count[0]:,} and text encoder {count[1]:,} parameters, {steps} steps of {hp['batch']}")
     optimizer = _optimizer(parameters, hp["lr"])
     abar = scheduler.alphas_cumprod
-    weights = ((1 - abar) / abar).sqrt()
+    weights = (1 - abar) / abar  # 1/SNR: the squared error of x0
     weights = weights / weights.mean()
     average = [p.detach().clone() for p in parameters]
     running = None
@@ -209,6 +209,9 @@ def train_student(folder: Path, tokenizer: Path, seed: int, log: Log, steps: int
         shutil.copy(tokenizer / file, folder / file)
     vocabulary = len(CLIPTokenizer.from_pretrained(folder))
     config = models.student_config(vocabulary, ".")
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    description = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2) + "\n")
     clip = CLIP(**config, nonscalar_logit_scale=True)
     tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
     hp, source = STUDENT, WorldSource(seed=seed)
@@ -231,10 +234,6 @@ def train_student(folder: Path, tokenizer: Path, seed: int, log: Log, steps: int
     state = {name: value.detach().half().contiguous() for name, value in clip.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(())
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    config["text_cfg"]["hf_tokenizer_name"] = ""
-    description = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def score_teacher(folder: Path, log: Log, per_kind: int = 100, draws: int = 8) -> dict[str, float]:
