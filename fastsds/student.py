@@ -337,9 +337,7 @@ def _check_text(student: Student, model: str | Path) -> None:
     try:
         tokens = student.tokenize(["a red ring", "word " * 200, "naïve 雪 \N{SNOWMAN}"])
     except Exception as error:
-        raise ConfigError(
-            f"student {model}: its tokenizer fails on a caption: {_brief(error)}"
-        ) from error
+        raise ConfigError(f"student {model}: its tokenizer fails on a caption: {_brief(error)}") from error
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
         raise ConfigError(
             f"student {model}: token {int(tokens.max())} is past the text tower's {vocabulary} entries"

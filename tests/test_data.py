@@ -172,7 +172,9 @@ def test_odd_sizes(tmp_path, shape):
 def test_images_folder_and_extra_columns(photographs, tmp_path):
     table = tmp_path / "elsewhere" / "t.tsv"
     table.parent.mkdir()
-    table.write_text('\ufefftitle\tid\tfilepath\r\n"a ""red"" thing"\t7\tcoffee.png\r\n\r\n', encoding="utf-8")
+    table.write_text(
+        '\ufefftitle\tid\tfilepath\r\n"a ""red"" thing"\t7\tcoffee.png\r\n\r\n', encoding="utf-8"
+    )
     source = TSVSource(table, 16, images=photographs.parent / "images")
     assert source.captions == ['a "red" thing'] and len(source) == 1
 
@@ -184,7 +186,10 @@ def test_images_folder_and_extra_columns(photographs, tmp_path):
         ("filepath\tcaption\n", "row 1: column title"),
         ("filepath\ttitle\nimages/coffee.png\n", "row 2: 1 columns, expected 2"),
         ("filepath\ttitle\nimages/coffee.png\t  \n", "row 2: column title is empty"),
-        ("filepath\ttitle\nimages/coffee.png\tx\nimages/none.png\ty\n", "row 3: column filepath.*none.png does not exist"),
+        (
+            "filepath\ttitle\nimages/coffee.png\tx\nimages/none.png\ty\n",
+            "row 3: column filepath.*none.png does not exist",
+        ),
         ("filepath\ttitle\n", "no rows"),
         ("", "row 1: column filepath"),
         ('filepath\ttitle\nimages/coffee.png\t"open\n', "not a tab-separated"),

@@ -43,7 +43,9 @@ def test_embedding_is_the_text_encoders_last_hidden_state(folder, teacher):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     model = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     captions = ["a red ring", "", "ünïcode ☃ and a text that is cut because it is long"]
-    ids = tokenizer(captions, padding="max_length", max_length=tiny.CONTEXT, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        captions, padding="max_length", max_length=tiny.CONTEXT, truncation=True, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         torch.testing.assert_close(teacher.embed(captions), model(ids).last_hidden_state)
 

@@ -72,7 +72,9 @@ def save_teacher(folder: Path, prediction_type: str = "epsilon", scale: float = 
                 pad_token_id=size - 1,
             )
         )
-        for parameter in text.parameters():  # untrained embeddings are so small that captions would hardly differ
+        for (
+            parameter
+        ) in text.parameters():  # untrained embeddings are so small that captions would hardly differ
             if parameter.ndim == 2:
                 parameter.data.normal_(std=0.3)
         text.save_pretrained(folder / "text_encoder")
@@ -117,7 +119,9 @@ def save_student(folder: Path, resnet: bool = False) -> Path:
         torch.manual_seed(1)
         config = student_config(save_tokenizer(folder), resnet)
         clip = CLIP(**config["model_cfg"])
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
 
@@ -125,7 +129,8 @@ def save_student(folder: Path, resnet: bool = False) -> Path:
 def captions(n: int, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        " ".join(WORDS[i] for i in row) for row in torch.randint(len(WORDS), (n, 6), generator=generator).tolist()
+        " ".join(WORDS[i] for i in row)
+        for row in torch.randint(len(WORDS), (n, 6), generator=generator).tolist()
     ]
 
 

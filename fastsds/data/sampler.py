@@ -87,7 +87,13 @@ def load_batch(
         image of the contrastive batch (the last one takes the first's), whatever the number of ranks.
         teacher_size: also give the images at this many pixels a side; None: nobody asks.
     """
-    at = {"batch": batch, "n": len(source), "seed": seed, "order": order_of(source), "accumulation": accumulation}
+    at = {
+        "batch": batch,
+        "n": len(source),
+        "seed": seed,
+        "order": order_of(source),
+        "accumulation": accumulation,
+    }
     ids, visits = positions(step, micro, rank=rank, world=world, **at)
     samples = source.load(ids, visits, image_size)
     told = samples.captions

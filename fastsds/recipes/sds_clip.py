@@ -45,7 +45,9 @@ def teacher_pixels(batch: Batch) -> torch.Tensor:
     return batch.pixels if batch.pixels_teacher is None else batch.pixels_teacher
 
 
-def epsilon(pred: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, schedule, prediction_type: str) -> torch.Tensor:
+def epsilon(
+    pred: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, schedule, prediction_type: str
+) -> torch.Tensor:
     """The noise that a prediction of any type stands for, differentiably: L_SDS compares noise with noise."""
     if prediction_type == "epsilon":
         return pred
@@ -167,7 +169,9 @@ class SDSCLIP:
             eps_hat = epsilon(pred, z_t, t, schedule, teacher.prediction_type)
             return ops.denoising_loss(eps_hat, noise, t, schedule, **how)
         # ops' value is half the energy and its gradient w (eps_hat - eps) / numel: twice both is L_SDS
-        return 2 * ops.sds_loss(z, pred, noise, t, schedule, x_t=z_t, prediction_type=teacher.prediction_type, **how)
+        return 2 * ops.sds_loss(
+            z, pred, noise, t, schedule, x_t=z_t, prediction_type=teacher.prediction_type, **how
+        )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs: the running norms behind `lambda: auto`, alike on all ranks."""
