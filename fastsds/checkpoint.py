@@ -1,0 +1,223 @@
+"""Save and restore a run through safetensors alone, by parameter name, whole or not at all.
+
+    OUTPUT/checkpoints/step_00000200/
+      student/                 an open_clip folder with the weights in fp32, and head.safetensors
+      optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state
+      rank_R.safetensors       8-bit AdamW only: rank R's state as it lies
+      state.json               step, recipe, how it was sharded, versions
+
+AdamW's state fits any engine and number of ranks; the 8-bit one fits the stage and ranks it came from. The teacher is
+never here. A folder is written under another name, synced and renamed, so one that has its name is complete.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import fastsds
+from fastsds.config import ConfigError, Recipe, as_dict
+from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
+
+FORMAT = 1
+KEEP = 2
+EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
+FREE = ("output", "log_every", "checkpoint_every", "data.workers", "eval.suite", "eval.every", "eval.items")
+_NAME = re.compile(r"step_(\d{8,})$")
+
+
+@dataclass
+class Saved:
+    """A checkpoint in memory. weights: the student's state_dict; slots: AdamW's moments; recipe: the recipe's state."""
+
+    step: int
+    meta: dict
+    path: Path
+    weights: dict[str, torch.Tensor]
+    slots: dict[str, torch.Tensor] = field(default_factory=dict)
+    recipe: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def folder(output: Path) -> Path:
+    return Path(output) / "checkpoints"
+
+
+def steps(output: Path) -> list[int]:
+    """The steps of all complete checkpoints, in order."""
+    names = os.listdir(folder(output)) if folder(output).is_dir() else []
+    return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
+
+
+def path_of(output: Path, step: int) -> Path:
+    return folder(output) / f"step_{step:08d}"
+
+
+def save(output: Path, step: int, engine, student: Student, recipe: Recipe, objective, samples: int) -> Path:
+    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts."""
+    from safetensors.torch import save_file
+
+    eight_bit = recipe.optimizer.name == "adamw8bit"
+    final = path_of(output, step)
+    partial = final.with_name(f".partial_{final.name}")
+    weights, slots = engine.state(moments=not eight_bit)
+    if engine.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    engine.barrier()
+    if eight_bit:
+        save_file(engine.raw_state(), partial / f"rank_{engine.rank}.safetensors")
+    engine.barrier()
+    if engine.rank == 0:
+        save_student(weights, student, partial / "student")
+        extra = {EXACT: weights[EXACT], **{f"recipe.{k}": v.detach().cpu() for k, v in objective.state_dict().items()}}
+        save_file({k: v.contiguous() for k, v in {**slots, **extra}.items()}, partial / "optimizer.safetensors")
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "samples": samples,
+            "engine": {"deepspeed": engine.stage is not None, "stage": engine.stage, "ranks": engine.world_size},
+            "recipe": as_dict(recipe),
+            "versions": versions(),
+        }
+        (partial / "state.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_one(final.parent)
+        for old in steps(output)[:-KEEP]:
+            shutil.rmtree(path_of(output, old))
+    engine.barrier()
+    return final
+
+
+def find(resume: str, output: Path) -> Path:
+    """The folder that `--resume` names: "latest" in the output folder, or a path. Raises: ConfigError."""
+    if resume == "latest":
+        if not (complete := steps(output)):
+            raise ConfigError(f"--resume latest: no complete checkpoint in {folder(output)}")
+        return path_of(output, complete[-1])
+    path = Path(resume)
+    if not (path / "state.json").is_file():
+        raise ConfigError(f"--resume {path}: not a checkpoint folder (expected state.json in it)")
+    return path
+
+
+def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
+    """Read a checkpoint. Raises: ConfigError that names the file, or the recipe key that differs."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    meta = read_meta(path)
+    _same_recipe(path, meta["recipe"], as_dict(recipe))
+    if samples is not None and samples != meta["samples"]:
+        raise ConfigError(f"--resume {path}: data.source has {samples} samples, the checkpoint saw {meta['samples']}")
+    try:
+        clip = load_file(path / "student" / WEIGHTS_FILE)
+        weights = {f"clip.{k}": v for k, v in clip.items()}
+        if (path / "student" / HEAD_FILE).is_file():
+            weights |= {f"head.{k}": v for k, v in load_file(path / "student" / HEAD_FILE).items()}
+        rest = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--resume {path}: {str(error).splitlines()[0]}") from error
+    weights[EXACT] = rest.pop(EXACT)
+    own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
+    return Saved(meta["step"], meta, path, weights, rest, own)
+
+
+def read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume {path / 'state.json'}: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise ConfigError(f"--resume {path}: checkpoint format {meta.get('format')}, expected {FORMAT}")
+    return meta
+
+
+def put_weights(saved: Saved, student: Student) -> None:
+    """Load the weights into a student that no engine holds yet. Raises: ConfigError that names the tensor."""
+    target = student.state_dict()
+    if odd := sorted(set(target) ^ set(saved.weights)):
+        raise ConfigError(f"--resume {saved.path}: tensor {odd[0]} is not in both the student and the checkpoint")
+    for name, tensor in target.items():
+        if tensor.numel() != saved.weights[name].numel():
+            shapes = f"{tuple(saved.weights[name].shape)}, expected {tuple(tensor.shape)}"
+            raise ConfigError(f"--resume {saved.path}: tensor {name} has shape {shapes}")
+        saved.weights[name] = saved.weights[name].reshape(tensor.shape)
+    student.load_state_dict(saved.weights)
+
+
+def check_engine(saved: Saved, recipe: Recipe, stage: int | None, world_size: int) -> None:
+    """Raise ConfigError where 8-bit state would meet another stage or number of ranks."""
+    here = {"deepspeed": stage is not None, "stage": stage, "ranks": world_size}
+    if recipe.optimizer.name == "adamw8bit" and saved.meta["engine"] != here:
+        was = saved.meta["engine"]
+        raise ConfigError(
+            f"--resume {saved.path}: 8-bit Adam's state fits only where it was made: {_show(was)}; this run is "
+            f"{_show(here)}"
+        )
+
+
+def put_state(saved: Saved, engine, objective, recipe: Recipe) -> None:
+    """Restore masters, moments and the recipe's state into a fresh engine. Collective."""
+    from safetensors.torch import load_file
+
+    engine.load_moments(saved.step, saved.weights, saved.slots)
+    if recipe.optimizer.name == "adamw8bit":
+        engine.load_raw_state(load_file(saved.path / f"rank_{engine.rank}.safetensors"))
+    objective.load_state_dict({k: v.to(engine.device) for k, v in saved.recipe.items()})
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "fastsds": fastsds.__version__}
+    for package in ("torch", "open_clip_torch", "diffusers", "deepspeed", "bitsandbytes"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _same_recipe(path: Path, then: dict, now: dict) -> None:
+    then, now = _flat(then), _flat(now)
+    for key in [*now, *(k for k in then if k not in now)]:
+        if key not in FREE and then.get(key) != now.get(key):
+            hint = "; the cosine runs to `steps`, so it cannot change half-way" if key == "steps" else ""
+            raise ConfigError(
+                f"--resume {path}: {key} is {json.dumps(now.get(key))}, the checkpoint was made with "
+                f"{json.dumps(then.get(key))}{hint}"
+            )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _show(engine: dict) -> str:
+    kind = f"ZeRO {engine['stage']}" if engine["deepspeed"] else "plain torch"
+    return f"{kind} on {engine['ranks']} rank(s)"
+
+
+def _sync(root: Path) -> None:
+    """fsync every file and folder under root."""
+    for path in [*root.rglob("*"), root]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""What a run writes about itself: metrics.jsonl, per-item outcomes, and one status line."""
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+EVERY_SECONDS = 5.0  # between status lines where the output is no terminal
+
+
+class Metrics:
+    """Rank 0 writes; the same calls on other ranks do nothing.
+
+    On a resumed run the rows after its first step are dropped, so the file reads as if nothing had happened.
+    """
+
+    def __init__(self, output: Path, rank: int, steps: int, start: int = 0):
+        self.silent, self.steps, self.start = rank != 0, steps, start
+        self.path = Path(output) / "metrics.jsonl"
+        self.tty = sys.stderr.isatty()
+        self.began = self.marked = time.perf_counter()
+        self.at, self.idle, self.said, self.width = start, 0.0, 0.0, 0
+        if not self.silent and self.path.is_file():
+            _drop_after(self.path, start)
+
+    def row(self, **values) -> None:
+        """Append one row and push it to the file."""
+        if not self.silent:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def train(self, step: int, images_a_step: int, **values: float) -> None:
+        """One training row, with the rate since the last one, and the status line."""
+        now = time.perf_counter()
+        busy = max(now - self.marked - self.idle, 1e-9)
+        rate = (step - self.at) * images_a_step / busy
+        self.marked, self.at, self.idle = now, step, 0.0
+        self.row(split="train", step=step, **values, images_per_s=round(rate, 2), seconds=round(now - self.began, 3))
+        left = (self.steps - step) * images_a_step / max(rate, 1e-9)
+        parts = "  ".join(f"{k} {values[k]:.4g}" for k in ("loss", "clip", "sds", "lambda", "rho", "cosine") if k in values)
+        self.say(f"step {step}/{self.steps}  {parts}  {rate:.0f} images/s  left {_clock(left)}", step == self.steps)
+
+    def evaluation(self, step: int, suite: str, values: dict[str, float], items: list[dict]) -> None:
+        """One evaluation row, and items_STEP.jsonl beside it."""
+        self.row(split="eval", step=step, suite=suite, **values)
+        if not self.silent:
+            text = "".join(json.dumps(item) + "\n" for item in items)
+            (self.path.parent / f"items_{step}.jsonl").write_text(text, encoding="utf-8")
+            self.note(f"step {step}/{self.steps}  {suite}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    @contextmanager
+    def pause(self):
+        """Time that is not training: it does not count in images/s."""
+        start = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - start
+
+    def say(self, text: str, last: bool = False) -> None:
+        """The status line: rewritten in place on a terminal, else a line every few seconds."""
+        if self.silent:
+            return
+        if self.tty:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            text = text[: max(20, columns - 1)]
+            print("\r" + text.ljust(self.width), end="\n" if last else "", file=sys.stderr, flush=True)
+            self.width = 0 if last else len(text)
+        elif last or time.perf_counter() - self.said >= EVERY_SECONDS:
+            self.said = time.perf_counter()
+            print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if not self.silent:
+            if self.width:
+                print(file=sys.stderr)
+                self.width = 0
+            print(text, file=sys.stderr, flush=True)
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a metrics file; a last line that was cut off is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [row for row in read(path) if row["step"] <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,285 @@
+"""Train a CLIP with SDS-CLIP. Read it from top to bottom.
+
+    deepspeed fastsds/train.py --config configs/zero2.json       the student sharded by ZeRO, on CPU or GPUs
+    python -m fastsds.train                                      plain torch, one device, no DeepSpeed
+
+--config says how to shard (DeepSpeed's JSON), --recipe what to train (YAML; default: the embedded world), --set a.b=c
+overrides one value. A step is a pure function of (recipe, step): data order, noise and timesteps are counted, not
+drawn, so a resumed run is the same run.
+"""
+
+import os
+import sys
+import time
+
+if __name__ == "__main__":  # run as a script, the folder `fastsds` itself is first on the path: take it off
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _here]
+    from importlib.util import find_spec
+
+    if find_spec("fastsds") is None:  # not installed: the source tree
+        sys.path.append(os.path.dirname(_here))
+
+import argparse
+import dataclasses
+import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fastsds import checkpoint, config, optimizer, sharding
+from fastsds.config import ConfigError, Recipe
+from fastsds.metrics import Metrics
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(message)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(prog="fastsds.train", description="Train a CLIP with SDS-CLIP.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="DeepSpeed's JSON: how to shard. Without it: plain torch")
+    parser.add_argument("--recipe", metavar="FILE", help="what to train (YAML). Default: the embedded world")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one recipe value")
+    parser.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint")
+    parser.add_argument("--output", metavar="DIR", help="override the recipe's output folder")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the run, write nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    # The recipe, and every check that needs no model.
+    rank, world_size, _ = sharding.ranks()
+    recipe = config.load_recipe(args.recipe, args.set)
+    if args.output is not None:
+        recipe = dataclasses.replace(recipe, output=args.output)
+    sharded = config.load_deepspeed(args.config) if args.config else None
+    config.check(recipe, world_size, sharded)
+    output, loss, data = Path(recipe.output), recipe.loss, recipe.data
+    resume = checkpoint.find(args.resume, output) if args.resume else None
+    if holds_a_run(output) and (resume is None or output.resolve() not in resume.resolve().parents):
+        raise ConfigError(f"output: {output} already holds a run; go on with --resume latest, or name another --output")
+    device = torch.device("cpu") if args.dry_run else sharding.device()
+    make_deterministic(device)
+
+    # The frozen teacher, the student, the data.
+    from fastsds.data.sampler import load_batch
+    from fastsds.data.sources import open_source
+    from fastsds.recipes.head import init_head
+    from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
+    from fastsds.student import apply_tuning, load_student, save_student
+
+    parts = teacher_parts(loss, recipe.head.init)
+    teacher = None
+    if parts:
+        from fastsds.teacher import Teacher
+
+        half = recipe.precision == "bf16" and device.type == "cuda"
+        teacher = Teacher.load(recipe.teacher.path, device, torch.bfloat16 if half else torch.float32, parts)
+    shape = teacher.latent_shape if teacher else None
+    student = load_student(recipe.student.model, recipe.student.pretrained, shape, device, recipe.seed)
+    trained = apply_tuning(student, recipe.student.tune, head=teacher is not None)
+    source = open_source(data, student.image_size, recipe.seed)
+    if data.batch > len(source):
+        raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {len(source)} samples")
+
+    def load(step: int, micro: int, rank: int = rank, world: int = world_size):
+        return load_batch(
+            source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
+            image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=device,
+            negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
+            teacher_size=teacher.image_size if "vae" in parts else None,
+        )  # fmt: skip
+
+    # Where the run starts: a checkpoint, or the head's initialisation.
+    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank)
+    saved = checkpoint.load(resume, recipe, len(source)) if resume else None
+    if saved is not None:
+        stage = None if sharded is None else sharded.get("zero_optimization", {}).get("stage", 0)
+        checkpoint.check_engine(saved, recipe, stage, world_size)
+        checkpoint.put_weights(saved, student)
+    if args.dry_run:
+        optimizer.build(student, recipe.optimizer)
+        if rank == 0:
+            print(describe(recipe, student, trained, teacher, source, world_size, sharded))
+        return 0
+    if saved is None and teacher is not None:
+        head = recipe.head
+        init_head(
+            student, teacher, lambda k: load(k, 0, 0, 1), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
+            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr,
+        )  # fmt: skip
+
+    # The engine; from here on the student is called only through it. The output folder is the first thing written.
+    evaluate = make_evaluation(recipe, student)
+    engine = sharding.make_engine(student, recipe, sharded)
+    start = 0
+    if saved is not None:
+        start = saved.step
+        checkpoint.put_state(saved, engine, objective, recipe)
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(config.dump_recipe(recipe), encoding="utf-8")
+    metrics = Metrics(output, rank, recipe.steps, start)
+    metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
+    stop = Interrupt()
+
+    def save(step: int) -> Path:
+        with metrics.pause():
+            return checkpoint.save(output, step, engine, student, recipe, objective, len(source))
+
+    def measure(step: int) -> None:
+        with metrics.pause():
+            engine.module.eval()
+            with torch.no_grad():
+                evaluate(engine, step, metrics)
+            engine.module.train()
+
+    # The loop.
+    engine.module.train()
+    if start == 0:
+        measure(0)
+    images = data.batch * data.accumulation
+    places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
+    with stop:
+        for batch, (step, micro) in zip(ahead(load, places, data.workers), places, strict=True):
+            last = micro == data.accumulation - 1
+            done = step + 1
+            log = done % recipe.log_every == 0 or done == recipe.steps
+            if micro == 0:
+                optimizer.set_lr(engine.optimizer, rate := optimizer.schedule(step, recipe.steps, recipe.optimizer.warmup))
+                seen: dict[str, list[torch.Tensor]] = {}
+            out = engine(batch.pixels, batch.student_tokens)
+            values = objective(out, batch, step, diagnose=log and last)
+            engine.backward(values["loss"])
+            engine.step()
+            if log:
+                for key, value in values.items():
+                    seen.setdefault(key, []).append(value.detach().float())
+            if not last:
+                continue
+            if log:
+                means = engine.mean(torch.stack([torch.stack(v).mean() for v in seen.values()])).tolist()
+                row = dict(zip(seen, means, strict=True))
+                metrics.train(done, images, **row, lr=rate * recipe.optimizer.lr)
+                if not math.isfinite(row["loss"]):
+                    raise FloatingPointError(f"the loss is {row['loss']} at step {done}; see {metrics.path}")
+            if done < recipe.steps and recipe.eval.every and done % recipe.eval.every == 0:
+                measure(done)
+            stopped = engine.any(stop.asked)
+            if stopped or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps):
+                where = save(done)
+            if stopped and done < recipe.steps:
+                metrics.note(f"stopped after step {done}; {where} is complete: same command with --resume latest goes on")
+                engine.close()
+                return INTERRUPTED
+
+    # The end: the student as an open_clip folder.
+    if start < recipe.steps:
+        measure(recipe.steps)
+        save(recipe.steps)
+    weights, _ = engine.state(moments=False)
+    if rank == 0:
+        save_student(weights, student, output / "student")
+        metrics.note(f"done: {output / 'student'} (open_clip local-dir:), {metrics.path}")
+    engine.barrier()
+    engine.close()
+    return 0
+
+
+def holds_a_run(output: Path) -> bool:
+    return any((output / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "checkpoints", "student"))
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Deterministic algorithms where they cost nothing: on the CPU."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def ahead(load, places, workers: int):
+    """The batches at places, in order; with workers, the next one is loaded while a step computes."""
+    if not workers:
+        yield from (load(*place) for place in places)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(load, *places[0]) if places else None
+        for place in [*places[1:], None]:
+            batch = waiting.result() if waiting else None
+            waiting = pool.submit(load, *place) if place else None
+            if batch is not None:
+                yield batch
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked, self.before = False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def make_evaluation(recipe: Recipe, student):
+    """A function of (engine, step, metrics) that runs the recipe's suite through the engine, on every rank alike."""
+    if recipe.eval.suite == "none":
+        return lambda engine, step, metrics: None
+    raise NotImplementedError(recipe.eval.suite)
+
+
+def counts(student, trained: list[str]) -> str:
+    sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
+    return f"{sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters train"
+
+
+def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, sharded: dict | None) -> str:
+    """What a dry run prints."""
+    data, steps = recipe.data, recipe.steps
+    frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
+    engine = "plain torch" if sharded is None else f"ZeRO {sharded.get('zero_optimization', {}).get('stage', 0)}"
+    images = data.batch * data.accumulation
+    return (
+        f"{config.dump_recipe(recipe)}\n"
+        f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
+        f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
+        f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
+        f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"
+        f"{steps} steps = {images * steps:,} images = {images * steps / len(source):.2f} epochs of {len(source):,}\n"
+        f"dry run: nothing was written"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parse(argv))
+    except ConfigError as error:
+        if sharding.ranks()[0]:  # one message for all ranks: rank 0 has the same one, and its exit ends the others
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
