@@ -1,0 +1,390 @@
+"""Recipes: what to train. Typed, frozen, strict.
+
+A recipe is a YAML file with the keys of `Recipe`. The shipped recipes write every value. A recipe of your own may leave
+keys out; each then takes the default written in this file, which is the value in `configs/world.yaml`.
+
+* A key that is not known is an error that names the file, the key and the nearest known key.
+* A value of the wrong type, outside its range, or not among its choices is an error that says what was expected.
+* Paths in a recipe are relative to the folder of the recipe; paths in `--set a.b=c` are relative to the current folder.
+
+Every error is a `ConfigError`; the command line prints it and exits with code 2.
+"""
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+_HERE = Path(__file__).resolve().parent
+CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"   # wheel | source tree
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user gave: file, key, value or shape. The command line exits with code 2."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    model: str = "world"                # "world", a folder written by open_clip or fastsds, or an open_clip name
+    pretrained: str | None = None       # open_clip tag or file, for an open_clip name
+    tune: Literal["layernorm", "all"] = "all"
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    init: Literal["default", "warmup", "ridge"] = "default"
+    samples: int = 2048
+    warmup_steps: int = 100
+    ridge: float = 1e-3
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    path: str = "world"                 # "world" or a diffusers folder
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "world"               # "world" or a tab-separated file with the columns filepath, title
+    images: str | None = None           # the folder that `filepath` is relative to; null: the folder of the file
+    batch: int = 32                     # contrastive batch over all ranks
+    accumulation: int = 2               # contrastive batches an optimizer step
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    lambda_: float | Literal["auto"] = 30.0     # key `lambda`
+    rho: float = 1.0
+    gradient: Literal["sds", "full", "latents"] = "sds"
+    reference: Literal["noise", "uncond", "negative"] = "noise"
+    noised: bool = True
+    weighting: Literal["uniform", "sigma2", "alpha_sigma2", "inverse_snr_root"] = "inverse_snr_root"
+    t: tuple[float, float] | None = (0.6, 1.0)
+    log_snr: tuple[float, float] | None = None
+    shift: float = 0.0
+    sds_every: int = 1
+    captions: Literal["own", "shuffled"] = "own"
+    negatives: Literal["none", "swapped"] = "none"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: int = 30
+    clip: float = 1.0                   # global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    suite: Literal["world_dev", "world_test", "none"] = "world_dev"
+    every: int = 200                    # 0: only at the start and at the end
+    items: int = 300
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    output: str = "runs/world"
+    steps: int = 1400
+    precision: Literal["fp32", "bf16"] = "fp32"
+    student: StudentConfig = field(default_factory=StudentConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log_every: int = 20
+    checkpoint_every: int = 0           # 0: only at the end
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# key: (test, what is expected). A value of null or "auto" has no range.
+_RANGES = {}
+for _keys, _test, _text in (
+    ("data.batch data.accumulation head.samples loss.sds_every log_every eval.items",
+     lambda v: v >= 1, "at least 1"),
+    ("steps head.warmup_steps head.ridge data.workers loss.lambda optimizer.weight_decay optimizer.warmup optimizer.clip "
+     "checkpoint_every eval.every", lambda v: v >= 0, "at least 0"),
+    ("loss.rho optimizer.lr optimizer.head_lr optimizer.eps", lambda v: v > 0, "greater than 0"),
+    ("seed", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
+    ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
+    ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
+    ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
+    ("output student.model teacher.path data.source", lambda v: bool(v.strip()), "a text that is not empty"),
+):
+    _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
+
+_ALWAYS_PATHS = ("teacher.path", "data.source", "data.images")        # unless "world"
+_SOMETIMES_PATHS = ("student.model", "student.pretrained")            # a name, or a folder or file
+
+
+# -- reading YAML ------------------------------------------------------------------------------------------------------
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice and reads 1e-3 as a number (YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+                              list("-+.0123456789"))
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)                               # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise ConfigError(f"{origin}{where}: {problem}") from None
+
+
+# -- types -------------------------------------------------------------------------------------------------------------
+
+def _key(name: str) -> str:
+    return name.rstrip("_")                                           # `lambda_` is written `lambda`
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _keys(cls=Recipe, prefix: str = "") -> list[str]:
+    """All known keys, sections included: seed, ..., student, student.model, ..."""
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        keys.append(_join(prefix, _key(name)))
+        if dataclasses.is_dataclass(kind):
+            keys += _keys(kind, keys[-1])
+    return keys
+
+
+def _nearest(key: str) -> str:
+    """The known key most like `key`: by its last word first, then by its section."""
+    def likeness(known: str) -> float:
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2].lower(), known.rpartition(".")[2]).ratio()
+        return last + 0.2 * difflib.SequenceMatcher(None, key.lower(), known).ratio()
+    return max(_keys(), key=likeness)
+
+
+def _describe(kind) -> str:
+    """A type in words, for error messages."""
+    if kind is type(None):
+        return "null"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind)) if len(get_args(kind)) > 1 else get_args(kind)[0]
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_describe(k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))} numbers"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _convert(value, kind):
+    """The value as `kind`, or TypeError. A whole number is a number; true and false are neither; no text is parsed."""
+    if get_origin(kind) in (Union, types.UnionType):
+        for option in get_args(kind):
+            try:
+                return _convert(value, option)
+            except TypeError:
+                pass
+    elif get_origin(kind) is Literal:
+        if isinstance(value, str) and value in get_args(kind):
+            return value
+    elif get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)):
+            return tuple(_convert(v, k) for v, k in zip(value, get_args(kind), strict=True))
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise TypeError
+
+
+def _merge(node, values: Any, origin: str, origins: dict[str, str], prefix: str = ""):
+    """`node` (a section) with `values` put in, each key checked. Records in `origins` where each key came from."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin}: {prefix or 'a recipe'} is a section with keys, not {_show(values)}")
+    known = {_key(name): (name, kind) for name, kind in get_type_hints(type(node)).items()}
+    changes = {}
+    for key, value in values.items():
+        path = _join(prefix, str(key))
+        if key not in known:
+            raise ConfigError(f"{origin}: unknown key {path!r}; the nearest known key is {_nearest(path)!r}")
+        name, kind = known[key]
+        if dataclasses.is_dataclass(kind):
+            changes[name] = _merge(getattr(node, name), value, origin, origins, path)
+            continue
+        try:
+            changes[name] = _convert(value, kind)
+        except TypeError:
+            raise ConfigError(f"{origin}: {path} is {_show(value)}; expected {_describe(kind)}") from None
+        origins[path] = origin
+    return dataclasses.replace(node, **changes)
+
+
+def _show(value) -> str:
+    """A value as it is written in YAML, with its type where that helps."""
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return json.dumps(value, default=str)
+
+
+def _get(recipe: Recipe, key: str):
+    for name in key.split("."):
+        recipe = getattr(recipe, "lambda_" if name == "lambda" else name)
+    return recipe
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+def _resolve(recipe: Recipe, keys, folder: Path) -> Recipe:
+    """Make the paths under `keys` absolute, relative to `folder`."""
+    for key in keys:
+        value = _get(recipe, key)
+        if not value or value == "world" or "://" in value or re.match(r"[a-z-]+:", value):    # hf-hub:..., local-dir:...
+            continue
+        path = Path(value).expanduser()
+        if key in _SOMETIMES_PATHS and not (value.startswith((".", "~", "/")) or (folder / path).exists()):
+            continue                                                  # a name that open_clip knows
+        section, name = key.split(".")
+        absolute = str((folder / path).resolve())
+        recipe = dataclasses.replace(
+            recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: absolute})})
+    return recipe
+
+
+# -- public ------------------------------------------------------------------------------------------------------------
+
+def load_recipe(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=c` overrides in order; without a path, start from the embedded world's recipe.
+
+    Args: overrides, each "key=value" with the full key and a YAML value: "loss.lambda=auto", "loss.t=[0.3, 1.0]".
+    Raises: ConfigError for a missing file, an unknown or repeated key, a wrong type, a value out of range.
+    """
+    recipe, origins = Recipe(), {}
+    if path is not None:
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such recipe file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: the recipe cannot be read: {error}") from None
+        values = _parse(text, str(path))
+        recipe = _merge(recipe, {} if values is None else values, str(path), origins)
+        recipe = _resolve(recipe, _ALWAYS_PATHS + _SOMETIMES_PATHS, path.resolve().parent)
+    for override in overrides:
+        origin = f"--set {override}"
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"{origin}: expected key=value, for example loss.lambda=30")
+        values = _parse(text, origin)
+        for name in reversed(key.split(".")):
+            values = {name: values}
+        recipe = _merge(recipe, values, origin, origins)
+        recipe = _resolve(recipe, [k for k in _ALWAYS_PATHS + _SOMETIMES_PATHS if k == key], Path.cwd())
+    _check_values(recipe, lambda key: origins.get(key, str(path or "default recipe")))
+    return recipe
+
+
+def _check_values(recipe: Recipe, origin) -> None:
+    for key, (test, expected) in _RANGES.items():
+        value = _get(recipe, key)
+        if value is not None and value != "auto" and not test(value):
+            raise ConfigError(f"{origin(key)}: {key} is {_show(value)}; expected {expected}")
+    if (recipe.loss.t is None) == (recipe.loss.log_snr is None):
+        both = "both" if recipe.loss.t else "neither"
+        raise ConfigError(f"{origin('loss.log_snr')}: {both} of loss.t and loss.log_snr are given; expected exactly one "
+                          "(write null for the other)")
+
+
+def load_deepspeed(path: str | Path) -> dict:
+    """Read a DeepSpeed configuration (JSON): how to shard. Raises ConfigError if it is missing or not a JSON object."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such DeepSpeed file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a JSON file that can be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {_show(values)}")
+    return values
+
+
+def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = None) -> None:
+    """Check everything that a recipe cannot know alone: the ranks, the DeepSpeed file, the files it points at.
+
+    contrastive batch = micro-batch x ranks; DeepSpeed's train_batch_size = contrastive batch x accumulation.
+    Raises: ConfigError.
+    """
+    batch, accumulation = recipe.data.batch, recipe.data.accumulation
+    if batch % world_size:
+        raise ConfigError(f"data.batch is {batch}, the contrastive batch over all ranks; expected a multiple of "
+                          f"{world_size}, the number of ranks")
+    for key, value in (("data.source", recipe.data.source), ("data.images", recipe.data.images),
+                       ("teacher.path", recipe.teacher.path)):
+        if value and value != "world" and Path(value).is_absolute() and not Path(value).exists():
+            raise ConfigError(f"{key}: no such file or folder: {value}")
+    if recipe.data.source != "world":
+        for key, value, plain in (("loss.negatives", recipe.loss.negatives, "none"),
+                                  ("loss.reference", recipe.loss.reference, "noise or uncond")):
+            if value in ("swapped", "negative"):
+                raise ConfigError(f"{key} is {value!r}, which needs captions with swapped roles; only data.source world "
+                                  f"has them: expected {plain}")
+    config = deepspeed_json or {}
+    for key, expected, reason in (
+        ("train_micro_batch_size_per_gpu", batch // world_size, f"data.batch {batch} / {world_size} ranks"),
+        ("gradient_accumulation_steps", accumulation, "data.accumulation"),
+        ("train_batch_size", batch * accumulation, f"data.batch {batch} x data.accumulation {accumulation}"),
+        ("gradient_clipping", recipe.optimizer.clip, "optimizer.clip"),
+    ):
+        if key in config and config[key] != expected:
+            raise ConfigError(f"DeepSpeed file: {key} is {_show(config[key])}, the recipe says {expected} ({reason}); "
+                              "leave the key out of the DeepSpeed file or make them agree")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise ConfigError(f"DeepSpeed file: the section {key!r} belongs to the recipe (optimizer.*); take it out")
+    for key in ("bf16", "fp16"):
+        section = config.get(key, {})
+        enabled = section.get("enabled") if isinstance(section, dict) else section
+        if enabled is not None and enabled != (recipe.precision == key):
+            raise ConfigError(f"DeepSpeed file: {key}.enabled is {_show(enabled)}, the recipe's precision is "
+                              f"{recipe.precision}; leave the key out of the DeepSpeed file or make them agree")
+
+
+def as_dict(recipe: Recipe) -> dict:
+    """The recipe as plain dicts, lists and scalars, keyed as in YAML."""
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {_key(f.name): plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+    return plain(recipe)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every value written; `load_recipe` of it gives an equal recipe."""
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)

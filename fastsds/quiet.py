@@ -1,0 +1,93 @@
+"""Silence the lines that third-party packages print and that nobody can act on. This is the one place that does it.
+
+Each entry of `NOISE` names one logger and the beginning of one message; everything else, errors above all, passes.
+`FASTSDS_VERBOSE=1` in the environment brings all of it back.
+
+What cannot be silenced from here: the lines of the `deepspeed` launcher ("cmd = ...", "WORLD INFO DICT", "process N
+spawned"). It is a process of its own that runs before this package is imported. `python -m fastsds.train` has no launcher.
+"""
+import contextlib
+import io
+import logging
+import os
+import sys
+
+NOISE = (
+    # logger                            beginning of the message                    why nobody can act on it
+    ("xformers", "WARNING[XFORMERS]: xFormers can't load C++/CUDA extensions"),     # its torch kernels do not need them
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),      # 4-bit matmul on the CPU: not used
+    ("DeepSpeed", "Setting accelerator to CPU"),                                    # there is no GPU: known
+    ("DeepSpeed", "**** You are using ZeRO with an untested optimizer"),            # the configs allow it, tests cover it
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),                      # a CUDA folder, no GPU: known
+    ("torch.distributed.elastic.multiprocessing.redirects", "NOTE: Redirects are currently not supported"),
+)
+PRINTED = ("DeepSpeed deepspeed.ops.comm.",)        # "... built successfully", printed by every rank at every start
+
+
+class _Drop(logging.Filter):
+    def __init__(self, beginnings: tuple[str, ...]):
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.beginnings)
+
+
+def verbose() -> bool:
+    """Whether the user asked for all the noise: FASTSDS_VERBOSE is set, and not to 0."""
+    return os.environ.get("FASTSDS_VERBOSE", "0") not in ("", "0")
+
+
+def install() -> None:
+    """Put one filter on each logger in `NOISE`. Imports none of the packages; safe to call twice."""
+    if verbose():
+        return
+    for name in {name for name, _ in NOISE}:
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _Drop) for f in logger.filters):
+            logger.addFilter(_Drop(tuple(beginning for n, beginning in NOISE if n == name)))
+
+
+@contextlib.contextmanager
+def printed():
+    """Within the block, drop the lines of `PRINTED` that a package prints to stdout; all other text passes at once."""
+    if verbose():
+        yield
+        return
+    stdout, sys.stdout = sys.stdout, _Filtered(sys.stdout)
+    try:
+        yield
+    finally:
+        sys.stdout.finish()
+        sys.stdout = stdout
+
+
+class _Filtered(io.TextIOBase):
+    """A text stream that forwards whole lines, except the ones that begin as one of `PRINTED`."""
+
+    def __init__(self, stream):
+        self.stream, self.pending = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.pending = (self.pending + text).split("\n")
+        for line in lines:
+            if not line.startswith(PRINTED):
+                self.stream.write(line + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        if not any(p.startswith(self.pending) or self.pending.startswith(p) for p in PRINTED):
+            self.stream.write(self.pending)
+            self.pending = ""
+        self.stream.flush()
+
+    def finish(self) -> None:
+        if self.pending and not self.pending.startswith(PRINTED):
+            self.stream.write(self.pending)
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
