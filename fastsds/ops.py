@@ -193,7 +193,7 @@ def denoising_loss(
     if noise is None:
         if prediction_type != "sample" or not from_x0:
             raise ValueError(f"noise: required for prediction_type {prediction_type!r}")
-        noise = x0  # its factor is zero
+        noise = x0.detach()  # its factor is zero
     eps, seed, draws, ids = _split(noise, pred, "noise")
     dtype = reference.compute_dtype(pred, y, eps)
     alpha, sigma = _rows(t, schedule, pred, dtype)
@@ -209,7 +209,7 @@ def denoising_loss(
         a, q = (one, one) if from_x0 else (1 + sigma / alpha, 1 / alpha)
     k = _weights(weighting, alpha, sigma) / _denominator(reduction, pred)
     factors = torch.stack([one, q, a, k])
-    return score.denoising_energy(_savable(pred), _savable(y), _savable(eps), factors, seed, draws, ids)
+    return score.denoising_energy(_savable(pred), _savable(y), eps, factors, seed, draws, ids)
 
 
 def sds_loss(
@@ -264,7 +264,7 @@ def sds_loss(
         p, q = alpha / (alpha + sigma), 1 / (alpha + sigma)
     k = _weights(weighting, alpha, sigma) / _denominator(reduction, x0)
     factors = torch.stack([p, q, one, k])
-    pred, y, eps = _savable(pred), _savable(y), _savable(eps)
+    pred, y = _savable(pred), _savable(y)
     loss = score.sds_energy(x0, pred, y, eps, factors, seed, draws, ids)
     if not return_grad:
         return loss
@@ -334,12 +334,12 @@ def _split(noise, x, name):
         if not isinstance(noise, torch.Tensor):
             raise ValueError(f"{name}: a tensor or a Noise expected, got {type(noise).__name__}")
         _matching(noise, x, name)
-        return noise, 0, None, None
+        return _savable(noise), 0, None, None
     if len(noise) != x.shape[0]:
         raise ValueError(f"{name}: {len(noise)} sample_ids for a batch of {x.shape[0]}")
     if noise.sample_ids.device != x.device:
         raise ValueError(f"{name}: stream on {noise.sample_ids.device}, samples on {x.device}; use noise.to({str(x.device)!r})")
-    return None, noise.seed, noise.draw, noise.sample_ids
+    return None, noise.seed, _savable(noise.draw), _savable(noise.sample_ids)
 
 
 def _savable(v):

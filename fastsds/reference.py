@@ -72,7 +72,7 @@ def box_muller(w0, w1):
     e = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (e << 23)).view(torch.float32) - 1.0
     log = e.float() * LN2 + (f + f * f * (_horner(f, LOG) * f - 0.5))
-    r = torch.sqrt(log * -2.0)
+    r = (log * -2.0).double().sqrt().float()  # = IEEE fp32 square root; torch's own on the CPU is not always
 
     k = ((w1 >> 8) + 1).to(torch.int32)
     quarter = (k + (1 << 21)) >> 22

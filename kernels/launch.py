@@ -38,7 +38,7 @@ def launch(kernel, programs, *args, block, **constants):
     if programs == 0:
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    launches[kernel.__name__ if INTERPRETED else kernel.fn.__name__] += 1
+    launches[kernel.fn.__name__] += 1
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[(programs,)](*args, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=False, **constants)

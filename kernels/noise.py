@@ -21,12 +21,15 @@ from fastsds.kernels.philox import normal_block
 def offsets(o_i, sizes, strides, CONTIGUOUS: tl.constexpr):
     """Offset of logical elements o_i within a sample; sizes (n0..n3), strides (row, s0..s3) as in launch.Layout."""
     if CONTIGUOUS:
-        return o_i
-    o_i = o_i.to(tl.int64)
-    o_3, o_i = o_i % sizes[3], o_i // sizes[3]
-    o_2, o_i = o_i % sizes[2], o_i // sizes[2]
-    o_1, o_0 = o_i % sizes[1], o_i // sizes[1]
-    return o_0 * strides[1] + o_1 * strides[2] + o_2 * strides[3] + o_3 * strides[4]
+        offset = o_i
+    else:
+        rest = o_i.to(tl.int64)
+        offset = rest % sizes[3] * strides[4]
+        rest = rest // sizes[3]
+        offset += rest % sizes[2] * strides[3]
+        rest = rest // sizes[2]
+        offset += rest % sizes[1] * strides[2] + rest // sizes[1] * strides[1]
+    return offset
 
 
 @triton.jit(do_not_specialize=["seed"])

@@ -12,6 +12,8 @@ Kernels here: the words and the normals themselves, [B, n] from ids [B]. Bytes w
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -73,32 +75,33 @@ def normal_block(start, seed, draw, sample_id, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _words_kernel(draw_ptr, id_ptr, out_ptr, seed, draw_stride, blocks, n, BLOCK: tl.constexpr):
+def _words_kernel(draw_ptr, id_ptr, out_ptr, seed, draw_stride, blocks, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * BLOCK
     draw = tl.load(draw_ptr + i_b * draw_stride)
     w0, w1, w2, w3 = words_of(start // 4 + tl.arange(0, BLOCK // 4), seed, draw, tl.load(id_ptr + i_b))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
     o_i = start + tl.arange(0, BLOCK)
-    tl.store(out_ptr + i_b * n + o_i, words.to(tl.int64), mask=o_i < n)
+    tl.store(out_ptr + i_b * units * UNIT + o_i, words.to(tl.int64), mask=o_i < units * UNIT)
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _normal_kernel(draw_ptr, id_ptr, out_ptr, seed, draw_stride, blocks, n, BLOCK: tl.constexpr):
+def _normal_kernel(draw_ptr, id_ptr, out_ptr, seed, draw_stride, blocks, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * BLOCK
     draw = tl.load(draw_ptr + i_b * draw_stride)
     eps = normal_block(start, seed, draw, tl.load(id_ptr + i_b), BLOCK)
     o_i = start + tl.arange(0, BLOCK)
-    tl.store(out_ptr + i_b * n + o_i, eps, mask=o_i < n)
+    tl.store(out_ptr + i_b * units * UNIT + o_i, eps, mask=o_i < units * UNIT)
 
 
 def _launch(kernel, dtype, seed, draw, ids, n):
     out = torch.empty(len(ids), n, dtype=dtype, device=ids.device)
     block = launch.block_size(n)
     blocks = triton.cdiv(n, block)
-    stride = 0 if len(draw) == 1 else 1
-    launch.launch(kernel, len(ids) * blocks, draw, ids, out, seed, stride, blocks, n, block=block)
+    unit = math.gcd(16, n)
+    scalars = (seed, 0 if len(draw) == 1 else 1, blocks, n // unit)
+    launch.launch(kernel, len(ids) * blocks, draw, ids, out, *scalars, UNIT=unit, block=block)
     return out
 
 

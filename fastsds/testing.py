@@ -1,0 +1,100 @@
+"""What tests and benchmarks share: the one tolerance table, the twice-eager rule, canonical shapes and samples."""
+
+import torch
+
+# dtype -> (rtol, atol)
+TOLERANCE = {
+    torch.float64: (1e-7, 1e-7),
+    torch.float32: (1.3e-6, 1e-5),
+    torch.float16: (1e-3, 1e-3),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# real, odd, smallest, one past a block
+SHAPES = ((1, 4, 64, 64), (3, 5, 7, 11), (1, 1, 1, 1), (2, 1025))
+LAYOUTS = ("contiguous", "channels_last", "strided")
+
+
+def assert_close(actual, expected, dtype=None):
+    """Compare at the table's tolerance for `dtype` (default: actual's), in float64."""
+    rtol, atol = TOLERANCE[dtype or actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def assert_twice_eager(actual, eager, oracle, dtype, name="result"):
+    """The rule: max error against the float64 oracle at most twice eager torch's own in `dtype`, plus the table's atol."""
+    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    ours = (actual.double() - oracle).abs().max().item()
+    theirs = (eager.double() - oracle).abs().max().item()
+    limit = 2 * theirs + TOLERANCE[dtype][1]
+    assert ours <= limit, f"{name} in {dtype}: error {ours:.3g}, eager {theirs:.3g}, limit {limit:.3g}"  # NaN fails
+
+
+def arrange(x, layout):
+    """The same values in another memory layout: "contiguous", "channels_last" or "strided" (a view with gaps)."""
+    if layout == "channels_last" and x.ndim == 4:
+        return x.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x.contiguous()
+
+
+def alphas_cumprod(steps=1000):
+    """Stable Diffusion's schedule: scaled-linear beta from 0.00085 to 0.012, fp32 [steps]."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def devices():
+    """pytest parameters: "cpu", and "cuda" under the marker `gpu`, skipped with its reason where there is none."""
+    import pytest
+
+    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, missing])]
+
+
+def compile_for(kernel, arch, signature, constants):
+    """Compile a jit kernel for a CUDA architecture without a GPU; returns Triton's compiled kernel (`.asm["ptx"]`, ...).
+
+    Every pointer is taken as 16-byte aligned, as torch allocates. `signature`: argument -> Triton type (a tuple of them for
+    a tuple argument); `constants`: argument -> value.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name], constexprs[(i,)] = "constexpr", constants[name]
+            continue
+        types[name] = signature[name]
+        if str(signature[name]).startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constexprs, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4, enable_fp_fusion=False))
+
+
+def assert_clean(compiled, loads, stores):
+    """PTX has 16-byte accesses as often as told, no fp64, no local memory; the binary has no stack and no spills."""
+    import re
+    import subprocess
+    import tempfile
+
+    import triton
+
+    ptx = compiled.asm["ptx"]
+    count = {op: len(re.findall(rf"\b{op}\.global\.(?:v4\.b32|v2\.b64)", ptx)) for op in ("ld", "st")}
+    assert count["ld"] >= loads and count["st"] >= stores, f"16-byte accesses: {count}, expected {loads} and {stores}"
+    for found in (r"\.f64", r"\bld\.local", r"\bst\.local", r"\bcall\b"):
+        assert not re.search(found, ptx), f"{found} in the PTX"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+    assert stack == 0 and local == 0, usage

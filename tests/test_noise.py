@@ -1,0 +1,224 @@
+"""Noise injection: forward and gradients against a float64 oracle, and what the counter-based noise promises."""
+
+import pytest
+import torch
+
+from fastsds import ops, reference, testing
+from fastsds.kernels import launch, noise as noise_kernels
+
+ABAR = testing.alphas_cumprod()
+only_compiled = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """torch.empty is filled with NaN, so an element that no kernel wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def sample(shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, eps, g = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    t = torch.randint(0, 1000, shape[:1], generator=generator).to(device)
+    return x, eps, g, t
+
+
+def stream(batch, device="cpu", seed=7):
+    return ops.Noise(seed, ops.draw(ops.Purpose.NOISE, 3), torch.arange(batch) * 1000 + 2**33).to(device)
+
+
+def eager(x0, eps, t, upstream):
+    """What a user writes, in x0's dtype: x_t and the gradients of x0 and eps."""
+    abar = ABAR.to(x0.device, x0.dtype)[t]
+    alpha, sigma = (v.view(-1, *[1] * (x0.ndim - 1)) for v in (abar.sqrt(), (1 - abar).sqrt()))
+    return alpha * x0 + sigma * eps, alpha * upstream, sigma * upstream
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("shape", testing.SHAPES)
+@pytest.mark.parametrize("seeded", (True, False))
+def test_against_float64(shape, layout, dtype, seeded, device):
+    x, eps, g, t = sample(shape, dtype, device)
+    noise = stream(shape[0], device) if seeded else testing.arrange(eps, layout).requires_grad_()
+    eps = noise.normal(shape[1:]) if seeded else eps
+    x0 = testing.arrange(x, layout).requires_grad_()
+    x_t, returned = ops.add_noise(x0, t, ABAR.to(device), noise)
+    assert x_t.dtype == dtype and x_t.stride() == torch.empty_like(x0).stride()
+    assert returned is None if seeded else returned is noise
+    x_t.backward(g)
+    oracle = eager(x.double(), eps.double(), t, g.double())
+    theirs = eager(x, eps.to(dtype), t, g)
+    testing.assert_twice_eager(x_t, theirs[0], oracle[0], dtype, "x_t")
+    testing.assert_twice_eager(x0.grad, theirs[1], oracle[1], dtype, "dx0")
+    if not seeded:
+        testing.assert_twice_eager(noise.grad, theirs[2], oracle[2], dtype, "deps")
+
+
+def test_reference_gradcheck():
+    x, eps, _, t = (v.double() if v.is_floating_point() else v for v in sample((2, 3, 2, 2)))
+    alpha, sigma = ABAR.double()[t].sqrt(), (1 - ABAR.double()[t]).sqrt()
+    inputs = (x.requires_grad_(), eps.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: reference.add_noise(a, b, alpha, sigma), inputs)
+    assert torch.autograd.gradcheck(lambda a, b: ops.add_noise(a, t, ABAR, b)[0], inputs)
+    assert torch.autograd.gradgradcheck(lambda a, b: ops.add_noise(a, t, ABAR, b)[0], inputs)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+def test_layout_batch_and_block_do_not_matter(device, monkeypatch):
+    shape = (3, 5, 7, 11)
+    x, _, _, t = sample(shape, device=device)
+    abar, noise = ABAR.to(device), stream(3, device)
+    whole = ops.add_noise(x, t, abar, noise)[0]
+    for layout in testing.LAYOUTS:
+        assert torch.equal(ops.add_noise(testing.arrange(x, layout), t, abar, noise)[0], whole)
+    permuted = x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    assert torch.equal(ops.add_noise(permuted, t, abar, noise)[0], whole)
+    order = torch.tensor([2, 0, 1], device=device)
+    shuffled = ops.Noise(noise.seed, noise.draw, noise.sample_ids[order])
+    assert torch.equal(ops.add_noise(x[order], t[order], abar, shuffled)[0], whole[order])
+    for i in range(3):
+        alone = ops.Noise(noise.seed, noise.draw, noise.sample_ids[i : i + 1])
+        assert torch.equal(ops.add_noise(x[i : i + 1], t[i : i + 1], abar, alone)[0], whole[i : i + 1])
+    for block in (128, 512):
+        monkeypatch.setattr(launch, "block_size", lambda n, block=block: block)
+        assert torch.equal(ops.add_noise(x, t, abar, noise)[0], whole)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+def test_noise_is_recovered(device):
+    """At alpha 0, sigma 1, x_t is the stream itself; a visit a sample is a draw a sample."""
+    x, _, _, t = sample((3, 5, 7, 11), device=device)
+    noise = stream(3, device)
+    assert torch.equal(ops.add_noise(x, t, (0.0, 1.0), noise)[0], noise.normal((5, 7, 11)))
+    visits = torch.tensor([4, 0, 9], device=device)
+    mixed = ops.Noise(1, ops.draw(ops.Purpose.NOISE, visits), noise.sample_ids)
+    x_t = ops.add_noise(x, t, (0.0, 1.0), mixed)[0]
+    for i, visit in enumerate(visits.tolist()):
+        alone = ops.Noise(1, ops.draw(ops.Purpose.NOISE, visit), noise.sample_ids[i : i + 1])
+        assert torch.equal(x_t[i], alone.normal((5, 7, 11))[0])
+
+
+def test_default_is_randn_like():
+    x, _, _, t = sample((2, 4, 8, 8))
+    torch.manual_seed(5)
+    x_t, eps = ops.add_noise(x, t, ABAR)
+    torch.manual_seed(5)
+    assert torch.equal(eps, torch.randn_like(x))
+    testing.assert_close(x_t, eager(x, eps, t, x)[0])
+    drawn = [ops.add_noise(x, t, ABAR, generator=torch.Generator().manual_seed(1))[1] for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def test_float64_stays_float64():
+    x, eps, _, t = sample((2, 4, 8, 8), torch.float64)
+    oracle = eager(x, eps, t, x)[0]
+    x_t = ops.add_noise(x, t, ABAR, eps)[0]
+    assert x_t.dtype == torch.float64 and (x_t - oracle).abs().max() < 1e-7
+    noise = stream(2)
+    x_t = ops.add_noise(x, t, ABAR.double(), noise)[0]
+    abar = ABAR.double()[t].view(-1, 1, 1, 1)
+    assert (x_t - (abar.sqrt() * x + (1 - abar).sqrt() * noise.normal((4, 8, 8)))).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_keeps_the_schedule(dtype):
+    """sigma(0) and neighbouring timesteps survive: alpha-bar never passes through half precision."""
+    zero, one = torch.zeros(1, 4, dtype=dtype), torch.ones(1, 4, dtype=dtype)
+    sigma = [ops.add_noise(zero, t, ABAR, one)[0][0, 0].item() for t in (0, 1)]
+    for t in (0, 1):
+        expected = (1 - ABAR[t].double()).sqrt().to(dtype).item()
+        assert sigma[t] == expected > 0
+    assert sigma[0] != sigma[1]
+
+
+def test_video_and_vectors():
+    for shape in ((2, 3, 4, 5, 6), (4,), (3, 17), (2, 2, 3, 2, 3, 2)):
+        x, eps, _, t = sample(shape)
+        testing.assert_close(ops.add_noise(x, t, ABAR, eps)[0], eager(x, eps, t, x)[0])
+        stream_eps = stream(shape[0]).normal(shape[1:])
+        testing.assert_close(ops.add_noise(x, t, ABAR, stream(shape[0]))[0], eager(x, stream_eps, t, x)[0])
+
+
+X = torch.zeros(2, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    (
+        (lambda: ops.add_noise([1.0], 0, ABAR), "x0: a tensor"),
+        (lambda: ops.add_noise(X.long(), 0, ABAR), "x0: a tensor of fp16"),
+        (lambda: ops.add_noise(X[:0], 0, ABAR), "x0: shape"),
+        (lambda: ops.add_noise(X, 0, ABAR, X[:1]), "noise: shape"),
+        (lambda: ops.add_noise(X, 0, ABAR, "x"), "noise: a tensor or a Noise"),
+        (lambda: ops.add_noise(X, 0, ABAR, stream(3)), "3 sample_ids for a batch of 2"),
+        (lambda: ops.add_noise(X, 0, ABAR, X, generator=torch.Generator()), "generator"),
+        (lambda: ops.add_noise(X, torch.zeros(2, 4, dtype=torch.int64), ABAR), "one timestep a sample"),
+        (lambda: ops.add_noise(X, 1000, ABAR), r"t: values must lie in \[0, 1000\)"),
+        (lambda: ops.add_noise(X.to("meta"), 0, ABAR, stream(2)), "use noise.to"),
+    ),
+)
+def test_contract_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only kernels have this limit")
+def test_too_many_axes_is_an_error_not_a_copy():
+    x = torch.zeros(2, *[4] * 5)[:, ::2, ::2, ::2, ::2, ::2]
+    with pytest.raises(ValueError, match="separate axes"):
+        ops.add_noise(x, 0, ABAR, stream(2))
+
+
+@pytest.mark.parametrize("device", testing.devices())
+def test_opcheck(device):
+    x, eps, _, _ = sample((2, 3, 4, 5), device=device)
+    alpha, sigma = torch.tensor([0.6, 0.8], device=device), torch.tensor([0.8, 0.6], device=device)
+    noise = stream(2, device)
+    for x0 in (x, testing.arrange(x, "channels_last"), x.half()):
+        x0 = x0.requires_grad_()
+        torch.library.opcheck(noise_kernels.add_noise, (x0, None, alpha, sigma, 1, noise.draw, noise.sample_ids))
+    arguments = (x, eps.clone().requires_grad_(), alpha, sigma, 0, None, None)
+    torch.library.opcheck(noise_kernels.add_noise, arguments)
+    torch.library.opcheck(noise_kernels.scale_rows, (x, alpha))
+
+
+SIGNATURE = dict(
+    alpha_ptr="*fp32", sigma_ptr="*fp32", scale_ptr="*fp32", draw_ptr="*i64", id_ptr="*i64", seed="i64", draw_stride="i32",
+    blocks="i32", units="i32", sizes=("i32",) * 4, x_strides=("i32",) * 5, eps_strides=("i32",) * 5, out_strides=("i32",) * 5,
+)  # fmt: skip
+
+
+@only_compiled
+@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("dtype, unit", (("fp32", 4), ("fp16", 8), ("bf16", 8)))
+@pytest.mark.parametrize("seeded", (True, False))
+def test_add_noise_compiles_clean(seeded, dtype, unit, arch):
+    """`unit` elements are 16 bytes: the smallest row alignment that must give 16-byte accesses."""
+    signature = SIGNATURE | dict(x_ptr=f"*{dtype}", eps_ptr=f"*{dtype}", out_ptr=f"*{dtype}")
+    for contiguous in (True, False):
+        absent = dict(eps_ptr=None) if seeded else dict(draw_ptr=None, id_ptr=None)
+        constants = dict(UNIT=unit if contiguous else 1, CONTIGUOUS=contiguous, SEEDED=seeded, BLOCK=1024, **absent)
+        compiled = testing.compile_for(noise_kernels._add_noise_kernel, arch, signature, constants)
+        wide = 1024 // (128 * unit) if contiguous else 0
+        testing.assert_clean(compiled, loads=wide if seeded else 2 * wide, stores=wide)
+
+
+@only_compiled
+@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("dtype, unit", (("fp32", 4), ("bf16", 8)))
+def test_scale_rows_compiles_clean(dtype, unit, arch):
+    signature = SIGNATURE | dict(x_ptr=f"*{dtype}", out_ptr=f"*{dtype}")
+    constants = dict(UNIT=unit, CONTIGUOUS=True, BLOCK=1024)
+    compiled = testing.compile_for(noise_kernels._scale_rows_kernel, arch, signature, constants)
+    testing.assert_clean(compiled, loads=1024 // (128 * unit), stores=1024 // (128 * unit))
+
+
+def test_bytes_moved():
+    x = torch.zeros(2, 4, dtype=torch.float16)
+    assert noise_kernels.bytes_moved(x) == 32
+    assert noise_kernels.bytes_moved(x, torch.zeros(2, 4)) == 64
+    assert noise_kernels.bytes_moved(x, torch.zeros(2, 4), backward=True) == 32
