@@ -63,7 +63,7 @@ class LossConfig:
     lambda_: float | Literal["auto"] = 30.0     # key `lambda`
     rho: float = 1.0
     gradient: Literal["sds", "full", "latents"] = "sds"
-    reference: Literal["noise", "uncond", "negative"] = "noise"
+    reference: Literal["noise"] = "noise"
     noised: bool = True
     weighting: Literal["uniform", "sigma2", "alpha_sigma2", "inverse_snr_root"] = "inverse_snr_root"
     t: tuple[float, float] | None = (0.6, 1.0)
@@ -320,6 +320,8 @@ def _check_values(recipe: Recipe, origin) -> None:
         both = "both" if recipe.loss.t else "neither"
         raise ConfigError(f"{origin('loss.log_snr')}: {both} of loss.t and loss.log_snr are given; expected exactly one "
                           "(write null for the other)")
+    if recipe.loss.shift and recipe.loss.log_snr is None:
+        raise ConfigError(f"{origin('loss.shift')}: loss.shift moves loss.log_snr only; expected 0.0 with loss.t")
 
 
 def load_deepspeed(path: str | Path) -> dict:
@@ -349,12 +351,9 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
                        ("teacher.path", recipe.teacher.path)):
         if value and value != "world" and Path(value).is_absolute() and not Path(value).exists():
             raise ConfigError(f"{key}: no such file or folder: {value}")
-    if recipe.data.source != "world":
-        for key, value, plain in (("loss.negatives", recipe.loss.negatives, "none"),
-                                  ("loss.reference", recipe.loss.reference, "noise or uncond")):
-            if value in ("swapped", "negative"):
-                raise ConfigError(f"{key} is {value!r}, which needs captions with swapped roles; only data.source world "
-                                  f"has them: expected {plain}")
+    if recipe.loss.negatives == "swapped" and recipe.data.source != "world":
+        raise ConfigError("loss.negatives is 'swapped', which needs captions with swapped roles; only data.source world "
+                          "has them: expected none")
     config = deepspeed_json or {}
     for key, expected, reason in (
         ("train_micro_batch_size_per_gpu", batch // world_size, f"data.batch {batch} / {world_size} ranks"),

@@ -1,0 +1,43 @@
+"""The `fastsds` command. Each subcommand is a module with `main(argv) -> exit code`, imported when it is asked for."""
+import importlib
+import sys
+
+import fastsds
+from fastsds.config import ConfigError
+
+COMMANDS = {
+    "demo": ("fastsds.demo", "train the embedded world with and without the teacher, and compare the two"),
+    "train": ("fastsds.train", "train a recipe; with several ranks use `deepspeed fastsds/train.py`"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: fastsds COMMAND [arguments]", "", "commands (fastsds COMMAND --help says more):"]
+    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code: 0, or 2 for a mistake in what the user gave."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"fastsds {fastsds.__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
