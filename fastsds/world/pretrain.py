@@ -1,6 +1,6 @@
 """Train the embedded world's autoencoder, teacher and student from a seed: `python -m fastsds.world.pretrain`.
 
-Stages in order: tokenizer, autoencoder, teacher (text-encoder warm-up, then UNet and text encoder together),
+Stages in order: tokenizer, autoencoder, teacher (UNet and text encoder together, on captioned latents alone),
 student. Each writes its folder when it ends, in fp16; a folder that is there is not trained again unless asked for
 by `--only`. The log and a manifest (commit, command, seed, checksums, the teacher's own score) stand beside.
 """
@@ -23,8 +23,7 @@ from fastsds.world.scenes import COLOURS, KINDS, RELATIONS, SHAPES, WorldSource,
 from fastsds.world.tokenizer import train_tokenizer
 
 AUTOENCODER = {"steps": 1000, "batch": 64, "lr": 2e-3, "kl": 1e-4}
-WARMUP = {"steps": 600, "batch": 128, "lr": 2e-3}
-TEACHER = {"steps": 3500, "batch": 64, "lr": 1.5e-3, "scenes": 60_000}
+TEACHER = {"steps": 2000, "batch": 64, "lr": 1.5e-3, "scenes": 60_000}
 STUDENT = {"steps": 1000, "batch": 32, "lr": 1e-3, "weight_decay": 0.05}
 FIRST_PRETRAINING = 1 << 24  # the student's pretraining scenes are not those it is fine-tuned on
 
@@ -122,22 +121,7 @@ def parsing_loss(pooled: torch.Tensor, heads: torch.nn.Linear, labels: torch.Ten
     return sum(F.cross_entropy(z, labels[:, k]) for k, z in enumerate(logits)) / len(logits)
 
 
-def _warm_text_encoder(text, tokens: torch.Tensor, labels: torch.Tensor, log: Log, steps: int):
-    heads = torch.nn.Linear(models.TEXT_WIDTH, sum(_LAYOUT_SIZES))
-    parameters, hp = [*text.parameters(), *heads.parameters()], WARMUP
-    optimizer = _optimizer(parameters, hp["lr"])
-    for step in range(steps):
-        rows = torch.randint(len(tokens), (hp["batch"],))
-        hidden = text(input_ids=tokens[rows]).last_hidden_state
-        end = (tokens[rows] == text.config.eos_token_id).int().argmax(dim=1)
-        loss = parsing_loss(hidden[torch.arange(len(rows)), end], heads, labels[rows])
-        _step(optimizer, loss, parameters, hp["lr"] * _cosine(step, steps))
-        if step % 20 == 0:
-            log(f"text encoder warm-up step {step}/{steps} parsing loss {loss.item():.4f}", always=False)
-    log(f"text encoder warm-up done: parsing loss {loss.item():.4f}")
-
-
-def train_teacher(folder: Path, seed: int, log: Log, steps: int, parsing: bool):
+def train_teacher(folder: Path, seed: int, log: Log, steps: int):
     """Denoise latents given captions, loss weight 1/SNR: uniform weighting is won without binding."""
     from transformers import CLIPTokenizer
 
@@ -149,8 +133,6 @@ def train_teacher(folder: Path, seed: int, log: Log, steps: int, parsing: bool):
     scenes = source.scenes(torch.arange(hp["scenes"]))
     tokens = tokenizer(scenes.captions(), padding="max_length", return_tensors="pt").input_ids
     latents = _latents(folder, source, hp["scenes"], log)
-    if parsing:
-        _warm_text_encoder(text, tokens, _layout(scenes), log, WARMUP["steps"])
     parameters = [*unet.parameters(), *text.parameters()]
     count = [sum(p.numel() for p in m.parameters()) for m in (unet, text)]
     log(f"teacher: UNet {count[0]:,} and text encoder {count[1]:,} parameters, {steps} steps of {hp['batch']}")
@@ -197,7 +179,7 @@ def train_teacher(folder: Path, seed: int, log: Log, steps: int, parsing: bool):
 def train_student(folder: Path, tokenizer: Path, seed: int, log: Log, steps: int, parsing: bool):
     """Contrastive pretraining at batch 32: enough to name colours and shapes, not enough to bind them fully.
 
-    `parsing` adds the teacher's parsing loss to the text tower (a control)."""
+    `parsing` also teaches the text tower to read the layout off its captions, from labels (a control)."""
     import open_clip
     from open_clip.model import CLIP
     from transformers import CLIPTokenizer
@@ -264,7 +246,6 @@ def write_manifest(folder: Path, arguments: argparse.Namespace, scores: dict[str
         "commit": git.stdout.strip() or "unknown",
         "command": "python -m fastsds.world.pretrain",
         "seed": arguments.seed,
-        "parsing_warm_up": not arguments.no_parsing,
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -279,7 +260,6 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write (default: the shipped weights)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("autoencoder", "teacher", "student"), help="train this stage alone")
-    parser.add_argument("--no-parsing", action="store_true", help="teacher without the parsing warm-up (a control)")
     parser.add_argument("--parsing", action="store_true", help="student with a parsing loss on its text tower (a control)")
     parser.add_argument("--steps", type=int, help="steps of the stage given by --only")
     arguments = parser.parse_args(argv)
@@ -299,7 +279,7 @@ def main(argv: list[str] | None = None):
         for part in ("tokenizer", "vae"):
             if not (teacher / part).exists():
                 shutil.copytree(shipped / part, teacher / part)
-        train_teacher(teacher, seed, log, arguments.steps or TEACHER["steps"], parsing=not arguments.no_parsing)
+        train_teacher(teacher, seed, log, arguments.steps or TEACHER["steps"])
     if wanted("student", output / "student"):
         tokenizer = (teacher if (teacher / "tokenizer").exists() else shipped) / "tokenizer"
         steps = arguments.steps or STUDENT["steps"]
