@@ -181,10 +181,13 @@ def _keys(cls=Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    """The known key most like `key`: by its last word first, then by its section."""
+    """The known key most like `key`: first by its last word, then by its section."""
+    section, _, name = key.lower().rpartition(".")
+
     def likeness(known: str) -> float:
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2].lower(), known.rpartition(".")[2]).ratio()
-        return last + 0.2 * difflib.SequenceMatcher(None, key.lower(), known).ratio()
+        known_section, _, known_name = known.rpartition(".")
+        return (difflib.SequenceMatcher(None, name, known_name).ratio() + 0.3 * (section == known_section)
+                + 0.1 * difflib.SequenceMatcher(None, section, known_section).ratio())
     return max(_keys(), key=likeness)
 
 

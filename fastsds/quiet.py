@@ -7,7 +7,6 @@ What cannot be silenced from here: the lines of the `deepspeed` launcher ("cmd =
 spawned"). It is a process of its own that runs before this package is imported. `python -m fastsds.train` has no launcher.
 """
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -62,17 +61,18 @@ def printed():
         sys.stdout = stdout
 
 
-class _Filtered(io.TextIOBase):
-    """A text stream that forwards whole lines, except the ones that begin as one of `PRINTED`."""
+class _Filtered:
+    """A text stream that forwards everything except whole lines that begin as one of `PRINTED`."""
 
     def __init__(self, stream):
         self.stream, self.pending = stream, ""
 
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
     def write(self, text: str) -> int:
         *lines, self.pending = (self.pending + text).split("\n")
-        for line in lines:
-            if not line.startswith(PRINTED):
-                self.stream.write(line + "\n")
+        self.stream.writelines(line + "\n" for line in lines if not line.startswith(PRINTED))
         return len(text)
 
     def flush(self) -> None:
@@ -82,12 +82,6 @@ class _Filtered(io.TextIOBase):
         self.stream.flush()
 
     def finish(self) -> None:
-        if self.pending and not self.pending.startswith(PRINTED):
+        if not self.pending.startswith(PRINTED):
             self.stream.write(self.pending)
         self.stream.flush()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()

@@ -1,0 +1,28 @@
+"""What all tests share: one thread, so that results do not depend on the machine's load; no downloads; a clean slate."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported, and for every process a test starts
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder of the source tree."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def python():
+    """python(*arguments, cwd=..., env={...}) runs this interpreter in a process of its own and returns what it did."""
+    def run(*arguments, cwd=ROOT, env=None, timeout=300, executable=sys.executable):
+        return subprocess.run([str(executable), *map(str, arguments)], cwd=cwd, env={**os.environ, **(env or {})},
+                              timeout=timeout, capture_output=True, text=True)
+    return run
