@@ -78,7 +78,8 @@ def train_autoencoder(folder: Path, seed: int, log: Log, steps: int):
         x = _unit(source.load(torch.arange(step * hp["batch"], (step + 1) * hp["batch"])).pixels)
         posterior = vae.encode(x).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
-        _step(optimizer, error + hp["kl"] * posterior.kl().mean() / x[0].numel(), parameters, hp["lr"] * _cosine(step, steps))
+        loss = error + hp["kl"] * posterior.kl().mean() / x[0].numel()
+        _step(optimizer, loss, parameters, hp["lr"] * _cosine(step, steps))
         if step % 20 == 0:
             log(f"autoencoder step {step}/{steps} mse {error.item():.5f}", always=False)
     vae.eval()
@@ -182,8 +183,8 @@ def train_student(folder: Path, tokenizer: Path, seed: int, log: Log, steps: int
     `parsing` also teaches the text tower to read the layout off its captions, from labels (a control)."""
     import open_clip
     from open_clip.model import CLIP
-    from transformers import CLIPTokenizer
     from safetensors.torch import save_file
+    from transformers import CLIPTokenizer
 
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
