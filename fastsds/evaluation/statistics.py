@@ -1,0 +1,144 @@
+"""Statistics of paired comparisons: every difference of two models is taken on the same items. numpy alone.
+
+Intervals are percentile bootstrap intervals of the mean difference a - b, from a seed; all values are as given (shares,
+percentages), nothing is scaled.
+"""
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+CHUNK = 500  # resamples at a time: bounds the index matrix
+
+
+class Interval(NamedTuple):
+    """A mean difference and its bootstrap interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+class McNemar(NamedTuple):
+    """Items that only a, or only b, has right, and the exact two-sided p that both are equally often right."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def mcnemar(a, b) -> McNemar:
+    """Exact McNemar test: of the items on which a and b differ, those won by a are binomial(n, 1/2).
+
+    p = min(1, 2 P(X <= min(only_a, only_b))). Shapes: a, b bool [N].
+    """
+    a, b = _paired(a, b)
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("mcnemar: right or wrong (0 or 1) expected")
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    n, k = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return McNemar(only_a, only_b, 1.0 if 2 * tail >= 2**n else 2 * tail / 2**n)
+
+
+def paired_bootstrap(a, b, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> Interval:
+    """The mean of a - b over items, and its percentile interval from items drawn with replacement. Shapes: a, b [N]."""
+    a, b = _paired(a, b)
+    d, generator = a - b, np.random.default_rng(seed)
+    means = np.concatenate(
+        [d[generator.integers(len(d), size=(n, len(d)))].mean(axis=1) for n in _chunks(resamples, len(d))]
+    )
+    return _interval(d.mean(), means, (1 - level) / 2)
+
+
+def two_level_bootstrap(
+    a, b, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95, shared_items: bool = True, expand: bool = True
+) -> Interval:
+    """The mean of a - b over seeds and items, with an interval that holds for new seeds and for new items.
+
+    Each resample draws seeds with replacement, then items: with shared_items one draw of items for all seeds (all runs
+    were asked the same items, so what an item does to one run it does to all), else a draw for each seed.
+    expand: with S seeds the percentile interval is too short, by sqrt((S - 1) / S) and by normal in place of t; the tails
+        are taken at Phi(-sqrt(S / (S - 1)) t_{S-1}) instead (Hesterberg 2015, section 5.3). One seed: items alone.
+    Shapes: a, b [S][N]; without shared_items N may differ between seeds. Every seed has the same weight.
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"two_level_bootstrap: as many seeds in a as in b expected, got {len(a)} and {len(b)}")
+    d = [x - y for x, y in (_paired(x, y) for x, y in zip(a, b, strict=True))]
+    count, sizes, generator = len(d), [len(x) for x in d], np.random.default_rng(seed)
+    if shared_items and len(set(sizes)) != 1:
+        raise ValueError(f"two_level_bootstrap: the same items for every seed expected, got {sizes} of them")
+    means = []
+    for n in _chunks(resamples, sum(sizes)):
+        chosen = generator.integers(count, size=(n, count))
+        weight = np.stack([(chosen == s).sum(axis=1) for s in range(count)], axis=1) / count  # [n, S]
+        if shared_items:
+            items = generator.integers(sizes[0], size=(n, sizes[0]))
+            of_seed = np.stack([x[items].mean(axis=1) for x in d], axis=1)
+            means.append((weight * of_seed).sum(axis=1))
+            continue
+        total = np.zeros(n)
+        for place in range(count):  # a seed drawn twice gets two draws of items
+            for s in range(count):
+                rows = chosen[:, place] == s
+                items = generator.integers(sizes[s], size=(int(rows.sum()), sizes[s]))
+                total[rows] += d[s][items].mean(axis=1) / count
+        means.append(total)
+    tail = (1 - level) / 2
+    if expand and count > 1:
+        tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(1 - tail, count - 1))
+    return _interval(np.mean([x.mean() for x in d]), np.concatenate(means), tail)
+
+
+def holm(p) -> list[float]:
+    """Holm's adjusted p-values, in the order given: the k-th smallest of m times m - k + 1, never decreasing, at most 1."""
+    order, adjusted, highest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
+    for k, index in enumerate(order):
+        highest = max(highest, min(1.0, float(p[index]) * (len(p) - k)))
+        adjusted[index] = highest
+    return adjusted
+
+
+def t_quantile(probability: float, dof: int) -> float:
+    """The quantile of Student's t for a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+
+    def cdf(t: float) -> float:
+        theta = math.atan(t / math.sqrt(dof))
+        cosine, sine = math.cos(theta), math.sin(theta)
+        if dof % 2:
+            term, total = cosine, cosine if dof > 1 else 0.0
+            for k in range(3, dof - 1, 2):
+                term *= cosine * cosine * (k - 1) / k
+                total += term
+            return 0.5 + (theta + sine * total) / math.pi
+        term = total = 1.0
+        for k in range(2, dof, 2):
+            term *= cosine * cosine * (k - 1) / k
+            total += term
+        return 0.5 + sine * total / 2
+
+    low, high = -1e6, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cdf(middle) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _interval(difference, means: np.ndarray, tail: float) -> Interval:
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Interval(float(difference), float(low), float(high))
+
+
+def _chunks(resamples: int, items: int) -> list[int]:
+    size = max(1, min(CHUNK, 4_000_000 // items))
+    return [min(size, resamples - done) for done in range(0, resamples, size)]
+
+
+def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise ValueError(f"paired values of shape [N] expected, got {a.shape} and {b.shape}")
+    return a, b
