@@ -126,7 +126,7 @@ def scale_rows(x, scale):
 
 def residual(pred, y, eps, factors):
     """r = p * pred + q * y - a * eps, unrounded; differentiable in pred, y and eps."""
-    dtype = compute_dtype(pred, y, eps)
+    dtype = compute_dtype(pred, y, eps, factors)
     p, q, a, _ = (rows(v, pred) for v in factors.to(dtype))
     r = p * pred.to(dtype)
     if y is not None:

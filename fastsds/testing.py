@@ -11,9 +11,15 @@ TOLERANCE = {
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# real, odd, smallest, one past a block
-SHAPES = ((1, 4, 64, 64), (3, 5, 7, 11), (1, 1, 1, 1), (2, 1025))
 LAYOUTS = ("contiguous", "channels_last", "strided")
+# (shape, layout): real, odd, smallest, one past a block; the layouts on the odd shape, and the one users have on the real
+CASES = (
+    ((1, 4, 64, 64), "contiguous"),
+    ((1, 4, 64, 64), "channels_last"),
+    *(((3, 5, 7, 11), layout) for layout in LAYOUTS),
+    ((1, 1, 1, 1), "contiguous"),
+    ((2, 1025), "contiguous"),
+)
 
 
 def assert_close(actual, expected, dtype=None):
