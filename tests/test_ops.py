@@ -1,0 +1,132 @@
+"""The ops as torch ops: compiled without a graph break, each on the path it promises, and every kernel really launched."""
+
+import re
+
+import pytest
+import torch
+
+from fastsds import ops, testing
+from fastsds.kernels import launch
+
+ABAR = testing.alphas_cumprod()
+KERNEL_TESTS = ("test_philox.py", "test_noise.py", "test_score.py", "test_ops.py")
+
+
+def step(x0, pred, ids, t, abar, w):
+    """A whole use of the ops: stream, noise, both losses. Returns what a caller keeps."""
+    noise = ops.Noise(3, ops.draw(ops.Purpose.NOISE, 5), ids)
+    x_t, _ = ops.add_noise(x0, t, abar, noise)
+    loss = ops.sds_loss(x0, pred, noise, t, abar, weighting="inverse_snr_root", reduction="mean")
+    loss = loss + ops.denoising_loss(x_t * pred, noise, t, abar, weighting=w)
+    return loss + noise.uniform(2).sum() * 0, x_t, noise.randint(0, 10)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(2, 4, 8, 8, generator=generator).requires_grad_()
+    pred = torch.randn(2, 4, 8, 8, generator=generator).requires_grad_()
+    return x0, pred, torch.tensor([5, 2**40]), torch.tensor([300, 900]), ABAR, torch.tensor([0.5, 2.0])
+
+
+def results(function):
+    arguments = inputs()
+    loss, x_t, k = function(*arguments)
+    (0.3 * loss).backward()
+    return loss.detach(), x_t.detach(), k, arguments[0].grad, arguments[1].grad
+
+
+def test_compiles_as_one_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(results(compiled), results(step)):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for ours, plain in zip(results(compiled), results(step)):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="counts the twin's path")
+def test_the_cpu_runs_the_twin():
+    before = dict(launch.launches)
+    results(step)
+    assert dict(launch.launches) == before
+
+
+def on_device(v):
+    return v if launch.INTERPRETED else v.cuda()
+
+
+@pytest.mark.skipif(
+    not (launch.INTERPRETED or torch.cuda.is_available()), reason="runs in test_kernels_in_the_interpreter's session"
+)
+@pytest.mark.parametrize(
+    "call, expected",
+    (
+        (lambda n, x, t, a: n.normal(5), {"_normal_kernel": 1}),
+        (lambda n, x, t, a: n.words(5), {"_words_kernel": 1}),
+        (lambda n, x, t, a: n.uniform(5), {"_words_kernel": 1}),
+        (lambda n, x, t, a: n.randint(0, 5), {"_words_kernel": 1}),
+        (lambda n, x, t, a: ops.add_noise(x, t, a, n)[0].sum().backward(), {"_add_noise_kernel": 1, "_scale_rows_kernel": 1}),
+        (lambda n, x, t, a: ops.add_noise(x, t, a), {"_add_noise_kernel": 1}),
+        (
+            lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a).backward(),
+            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a, return_grad=True),
+            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.denoising_loss(x, n, t, a).backward(),
+            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+        ),
+    ),
+)
+def test_every_op_launches_its_kernel(call, expected):
+    x = on_device(torch.randn(2, 4, 8, 8)).requires_grad_()
+    noise = ops.Noise(1, 2, on_device(torch.arange(2)))
+    launch.launches.clear()
+    call(noise, x, on_device(torch.tensor([1, 2])), on_device(ABAR))
+    assert dict(launch.launches) == expected
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="is that session")
+def test_kernels_in_the_interpreter(python, root):
+    """The kernels' tests once more, in a process where the CPU runs the Triton kernels themselves."""
+    files = [root / "tests" / name for name in KERNEL_TESTS]
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, env={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed > 150, done.stdout[-500:]
+
+
+def test_unknown_devices_are_refused():
+    """No fallback: a device without an implementation is an error (meta has one: shapes only)."""
+    x = torch.empty(2, 4, device="meta")
+    noise = ops.Noise(0, 0, torch.arange(2)).to("meta")
+    assert ops.add_noise(x, 5, ABAR, noise)[0].device.type == "meta"
+    for name in ("add_noise", "scale_rows", "denoising_energy", "sds_energy", "residual_gradient", "philox_words"):
+        kernels = torch._C._dispatch_dump(f"fastsds::{name}")
+        assert re.search(r"^CPU:", kernels, re.M) and re.search(r"^CUDA:", kernels, re.M)
+        assert not re.search(r"^CompositeExplicitAutograd:", kernels, re.M)
+
+
+def test_public_names_are_light(python):
+    """fastsds.ops needs torch and triton, and none of the heavy packages."""
+    code = "import sys; import fastsds.ops; print([m for m in ('diffusers', 'transformers', 'deepspeed', 'xformers', "
+    code += "'bitsandbytes', 'open_clip') if m in sys.modules])"
+    done = python("-c", code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_autocast_changes_nothing():
+    plain = results(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = results(step)
+    for ours, other in zip(cast, plain):
+        assert torch.equal(ours, other)

@@ -1,0 +1,155 @@
+"""Schedules: every form gives the same factors in fp32 or better, and ranges of noise levels become ranges of timesteps."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+
+from fastsds import ops, schedule, testing
+
+ABAR = testing.alphas_cumprod()
+LIKE = torch.zeros(3, 4, 8, 8)
+T = torch.tensor([0, 500, 999])
+
+
+def ddpm():
+    return diffusers.DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+
+
+def test_factors():
+    alpha, sigma = schedule.alpha_sigma(ABAR, T, LIKE)
+    assert alpha.shape == sigma.shape == (3, 1, 1, 1) and alpha.dtype == torch.float32
+    abar = ABAR.double()[T]
+    assert (alpha.flatten() - abar.sqrt()).abs().max() < 1e-7
+    assert (sigma.flatten() - (1 - abar).sqrt()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_arithmetic_follows_float64_and_never_half(dtype):
+    alpha, sigma = schedule.alpha_sigma(ABAR, T, LIKE.to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert alpha.dtype == sigma.dtype == wide
+    assert torch.equal(alpha.flatten(), ABAR.to(wide)[T].sqrt())
+
+
+@pytest.mark.parametrize(
+    "t, shape",
+    (
+        (500, (1, 1, 1, 1)),
+        (torch.tensor(500), (1, 1, 1, 1)),
+        (torch.tensor([500]), (1, 1, 1, 1)),
+        (T, (3, 1, 1, 1)),
+        (T.int(), (3, 1, 1, 1)),
+        (T.view(3, 1), (3, 1, 1, 1)),
+        (T.view(3, 1, 1, 1), (3, 1, 1, 1)),
+        (T[:, None].expand(3, 4), (3, 4, 1, 1)),
+    ),
+)
+def test_shapes_of_t(t, shape):
+    """t is matched by leading axes, never broadcast from the right."""
+    alpha, _ = schedule.alpha_sigma(ABAR, t, LIKE)
+    assert alpha.shape == shape
+    if shape != (3, 4, 1, 1):
+        assert torch.equal(ops.add_noise(LIKE + 1, t, ABAR, LIKE)[0], (LIKE + 1) * alpha)
+
+
+@pytest.mark.parametrize("kind", (diffusers.DDPMScheduler, diffusers.DDIMScheduler, diffusers.PNDMScheduler))
+def test_diffusers_schedulers(kind):
+    scheduler = kind(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    x, eps = torch.randn(2, 3, 4, 8, 8)
+    expected = scheduler.add_noise(x, eps, T)
+    torch.testing.assert_close(ops.add_noise(x, T, scheduler, eps)[0], expected, rtol=1e-6, atol=1e-6)
+    by_table = ops.add_noise(x, T, scheduler.alphas_cumprod, eps)[0]
+    assert torch.equal(ops.add_noise(x, T, scheduler, eps)[0], by_table)
+
+
+def test_velocity_is_diffusers_velocity():
+    """denoising_loss is zero, to rounding, at the scheduler's own target."""
+    scheduler = ddpm()
+    x, eps = torch.randn(2, 3, 4, 8, 8)
+    v = scheduler.get_velocity(x, eps, T)
+    assert ops.denoising_loss(v, eps, T, scheduler, x0=x, prediction_type="v_prediction") < 1e-12
+
+
+def test_flow_matching_scheduler():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    x, eps = torch.randn(2, 3, 4, 8, 8)
+    t = scheduler.timesteps[torch.tensor([10, 500, 990])]
+    expected = scheduler.scale_noise(x, t, eps)
+    torch.testing.assert_close(ops.add_noise(x, t, scheduler, eps)[0], expected, rtol=1e-6, atol=1e-6)
+    alpha, sigma = schedule.alpha_sigma(scheduler, 250, x)
+    assert float(alpha) == 0.75 and float(sigma) == 0.25
+
+
+def test_pairs():
+    x, eps = torch.randn(2, 3, 4, 8, 8)
+    sigma = torch.tensor([0.5, 2.0, 80.0])
+    variance_exploding = ops.add_noise(x, None, (1.0, sigma), eps)[0]
+    testing.assert_close(variance_exploding, x + sigma.view(3, 1, 1, 1) * eps)
+    factors = schedule.alpha_sigma(ABAR, T, x)
+    assert torch.equal(ops.add_noise(x, None, factors, eps)[0], ops.add_noise(x, T, ABAR, eps)[0])
+
+
+@pytest.mark.parametrize(
+    "table, t, message",
+    (
+        (ABAR.bfloat16(), T, "half precision loses sigma"),
+        (ABAR.half(), T, "half precision"),
+        (ABAR[None], T, "1-D alpha-bar"),
+        (ABAR.clone().requires_grad_(), T, "requires a gradient"),
+        (ABAR, T.float(), "indexed by integers"),
+        (ABAR, 500.0, "indexed by integers"),
+        (ABAR, True, "an int or a tensor"),
+        (ABAR, "5", "an int or a tensor"),
+        (ABAR, -1, r"\[0, 1000\), got -1..-1"),
+        (ABAR, torch.tensor([0, 1, 1000]), "got 0..1000"),
+        (ABAR, T[:2], "leading axes"),
+        ((1.0, 2.0, 3.0), T, "has 2 entries, this one has 3"),
+        ((torch.ones(2), 1.0), T, "alpha: shape"),
+        (object(), T, "neither alphas_cumprod nor sigmas"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), T.half(), "half precision moves timesteps"),
+    ),
+)
+def test_errors(table, t, message):
+    with pytest.raises(ValueError, match=message):
+        schedule.alpha_sigma(table, t, LIKE)
+
+
+def test_log_snr():
+    level = schedule.log_snr(ABAR)
+    assert level.dtype == torch.float64 and (level.diff() < 0).all()
+    assert math.isclose(level[500].item(), math.log(float(ABAR[500]) / (1 - float(ABAR[500]))), rel_tol=1e-9)
+    assert schedule.log_snr(torch.tensor([0.5, 0.0]))[1] == -math.inf
+
+
+def test_timestep_range():
+    assert schedule.timestep_range(ABAR, t=(0.6, 1.0)) == (600, 1000)
+    assert schedule.timestep_range(ABAR, t=(0.02, 0.98)) == (20, 980)
+    level = schedule.log_snr(ABAR)
+    first, last = schedule.timestep_range(ABAR, log_snr=(-4.0, 0.0))
+    inside = [i for i in range(1000) if -4 <= level[i] <= 0]
+    assert (first, last) == (inside[0], inside[-1] + 1)
+    # seen at 8x8, used at 16x16: SNR four times lower, so later timesteps
+    shifted = schedule.timestep_range(ABAR, log_snr=(-2.0, 0.0), shift=-math.log(4))
+    assert shifted == schedule.timestep_range(ABAR, log_snr=(-2.0 - math.log(4), -math.log(4)))
+    assert shifted[0] > schedule.timestep_range(ABAR, log_snr=(-2.0, 0.0))[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({}, "give either"),
+        ({"t": (0, 1), "log_snr": (0, 1)}, "give either"),
+        ({"t": (0.5, 0.5)}, "lo < hi"),
+        ({"t": (-0.1, 0.5)}, "lo < hi"),
+        ({"t": (0.5, 1.1)}, "lo < hi"),
+        ({"t": (0.5, 0.50001)}, "holds none"),
+        ({"t": (0.5, 1.0), "shift": 1.0}, "shift"),
+        ({"log_snr": (1.0, -1.0)}, "lo < hi"),
+        ({"log_snr": (50.0, 60.0)}, "no timestep lies in"),
+    ),
+)
+def test_timestep_range_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        schedule.timestep_range(ABAR, **options)
