@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from fastsds.world.tokenizer import train_tokenizer
 AUTOENCODER = {"steps": 1000, "batch": 64, "lr": 2e-3, "kl": 1e-4}
 TEACHER = {"steps": 2000, "batch": 64, "lr": 1.5e-3, "scenes": 60_000}
 STUDENT = {"steps": 1000, "batch": 32, "lr": 1e-3, "weight_decay": 0.05}
+SETTINGS = {"autoencoder": AUTOENCODER, "teacher": TEACHER, "student": STUDENT}
+LOG = "pretrain.log"
 FIRST_PRETRAINING = 1 << 24  # the student's pretraining scenes are not those it is fine-tuned on
 
 
@@ -69,6 +72,7 @@ def _unit(pixels: torch.Tensor) -> torch.Tensor:
 
 def train_autoencoder(folder: Path, seed: int, log: Log, steps: int):
     """Reconstruct scenes (L2 + a light KL); the scaling factor makes latents of unit variance."""
+    train_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
     vae = models.autoencoder()
     parameters, source, hp = list(vae.parameters()), WorldSource(seed=seed), AUTOENCODER
@@ -177,7 +181,7 @@ def train_teacher(folder: Path, seed: int, log: Log, steps: int):
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def train_student(folder: Path, tokenizer: Path, seed: int, log: Log, steps: int, parsing: bool):
+def train_student(folder: Path, seed: int, log: Log, steps: int, tokenizer: Path, parsing: bool):
     """Contrastive pretraining at batch 32: enough to name colours and shapes, not enough to bind them fully.
 
     `parsing` also teaches the text tower to read the layout off its captions, from labels (a control)."""
@@ -237,23 +241,26 @@ def score_teacher(folder: Path, log: Log, per_kind: int = 100, draws: int = 8) -
     return result
 
 
-def write_manifest(folder: Path, arguments: argparse.Namespace, scores: dict[str, float], seconds: float):
-    """Say where the weights come from and what they can do."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+def write_manifest(folder: Path, stages: dict[str, dict], scores: dict[str, float]):
+    """Say where the weights come from and what they can do; stages that were not run keep their entry.
+
+    Args: stages: {name: {"command", "commit", "seed", "seconds", "threads", "torch"}} of what was trained now.
+    """
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else {"stages": {}, "teacher_score": {}}
+    manifest["stages"] |= stages
+    manifest["teacher_score"] |= scores
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path and p.name != LOG)
+    manifest["sha256"] = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, cwd=here
     )
-    manifest = {
-        "commit": git.stdout.strip() or "unknown",
-        "command": "python -m fastsds.world.pretrain",
-        "seed": arguments.seed,
-        "seconds": round(seconds),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "teacher_score": scores,
-        "sha256": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return git.stdout.strip() or "unknown"
 
 
 def main(argv: list[str] | None = None):
@@ -268,26 +275,35 @@ def main(argv: list[str] | None = None):
         parser.error("--steps needs --only")
     output, only, seed, start = arguments.output, arguments.only, arguments.seed, time.monotonic()
     teacher, shipped = output / "teacher", TEACHER_FOLDER
-    log = Log(output / "pretrain.log")
+    log = Log(output / LOG)
 
-    def wanted(stage: str, made: Path) -> bool:
-        return only == stage or (only is None and not made.exists())
+    stages: dict[str, dict] = {}
 
-    if wanted("autoencoder", teacher / "vae"):
-        train_tokenizer(teacher / "tokenizer")
-        train_autoencoder(teacher, seed, log, arguments.steps or AUTOENCODER["steps"])
-    if wanted("teacher", teacher / "unet"):
-        for part in ("tokenizer", "vae"):
-            if not (teacher / part).exists():
-                shutil.copytree(shipped / part, teacher / part)
-        train_teacher(teacher, seed, log, arguments.steps or TEACHER["steps"])
-    if wanted("student", output / "student"):
-        tokenizer = (teacher if (teacher / "tokenizer").exists() else shipped) / "tokenizer"
-        steps = arguments.steps or STUDENT["steps"]
-        train_student(output / "student", tokenizer, seed, log, steps, parsing=arguments.parsing)
-    scores = score_teacher(teacher, log) if only in (None, "teacher") else {}
-    if only is None or only == "teacher":
-        write_manifest(output, arguments, scores, time.monotonic() - start)
+    def train(stage: str, made: Path, run, *options):
+        """Run a stage if it was asked for by name, or if nothing was and its folder is not there."""
+        if only != stage and (only or made.exists()):
+            return
+        steps, before = arguments.steps or SETTINGS[stage]["steps"], time.monotonic()
+        run(made.parent if stage != "student" else made, seed, log, steps, *options)
+        stages[stage] = {
+            "command": " ".join(["python -m fastsds.world.pretrain", *(argv if argv is not None else sys.argv[1:])]),
+            "commit": _commit(),
+            "seed": seed,
+            "seconds": round(time.monotonic() - before),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    for part in ("tokenizer", "vae") if only == "teacher" else ():
+        if not (teacher / part).exists():
+            shutil.copytree(shipped / part, teacher / part)
+    train("autoencoder", teacher / "vae", train_autoencoder)
+    train("teacher", teacher / "unet", train_teacher)
+    tokenizer = (teacher if (teacher / "tokenizer").exists() else shipped) / "tokenizer"
+    train("student", output / "student", train_student, tokenizer, arguments.parsing)
+    scores = score_teacher(teacher, log) if "teacher" in stages else {}
+    if stages:
+        write_manifest(output, stages, scores)
     log(f"done in {time.monotonic() - start:.0f} s: {output}")
 
 
