@@ -50,6 +50,6 @@ check:
 
 $(STAMP): setup.py constraints.txt | check
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
-	@echo "Installing into $(VENV), once: 4.7 GB on disk, about 3 minutes on a fast line. Log: $(LOG)"
+	@echo "Installing into $(VENV), once: 5.5 GB on disk, about 3 minutes on a fast machine and line. Log: $(LOG)"
 	@.ci/install $(PY) $(LOG)
 	@touch $@

@@ -52,13 +52,14 @@ setup(
         "transformers>=5.17,<6",
         "diffusers>=0.42,<1",
         "tokenizers>=0.22",
+        "huggingface_hub>=1.32,<3",
         "deepspeed>=0.19,<0.20",
         "bitsandbytes>=0.50,<1",
         "xformers>=0.0.35",
     ],
     extras_require={
         # setuptools builds the wheel that the packaging tests look into
-        "test": [*BENCH, "ruff>=0.14", "scikit-image>=0.25", "setuptools>=77,<82"],
+        "test": [*BENCH, "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82"],
         "bench": BENCH,
         "wandb": ["wandb>=0.20"],
     },

@@ -75,8 +75,8 @@ def test_later_override_wins_and_pairs_are_checked_together(recipe_file):
 
 @pytest.mark.parametrize("key, nearest", [
     ("loss.lamda", "loss.lambda"), ("loss.lambda_", "loss.lambda"), ("lr", "optimizer.lr"), ("los.rho", "loss"),
-    ("batch", "data.batch"), ("optimizer.weight_dekay", "optimizer.weight_decay"), ("evel", "eval"), ("loss.tune", "student.tune"),
-    ("Seed", "seed"), ("data.batchsize", "data.batch"), ("optimiser", "optimizer"),
+    ("batch", "data.batch"), ("optimizer.weight_dekay", "optimizer.weight_decay"), ("evel", "eval"),
+    ("loss.tune", "student.tune"), ("Seed", "seed"), ("data.batchsize", "data.batch"), ("optimiser", "optimizer"),
 ])
 def test_unknown_key_names_the_nearest(key, nearest, recipe_file):
     message = fails(f"{key}=1")
