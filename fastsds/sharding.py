@@ -123,7 +123,6 @@ class TorchEngine:
                 self.inner.state[tensor] = {
                     "step": torch.tensor(float(step)), **{key: torch.zeros_like(tensor) for key in MOMENTS}
                 }
-        self._link()
         for name, parameter in self._trained.items():
             for key in (None, *(MOMENTS if slots else ())):
                 value = weights[name] if key is None else slots[f"{name}.{key}"]
@@ -154,9 +153,6 @@ class TorchEngine:
         tensors = self._tensors()
         return bool(tensors) and MOMENTS[0] in self.inner.state.get(tensors[0], {})
 
-    def _link(self) -> None:
-        pass
-
     def _whole(self, parameter: torch.Tensor, key: str | None) -> torch.Tensor:
         """The whole fp32 weight (key None) or moment of a parameter. Collective."""
         master = self._master(parameter)
@@ -186,12 +182,17 @@ class DeepSpeedEngine(TorchEngine):
         self._frozen = {n: t.detach().to("cpu", copy=True) for n, t in frozen.items()} if self.rank == 0 else {}
         self._trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.inner = optimizers.build(student, recipe.optimizer)
-        self.ds, self.optimizer, *_ = deepspeed.initialize(
-            model=student.to(self.device), optimizer=self.inner, config=fill(config, recipe, self.world_size)
-        )
-        self._lookup = (utils.safe_get_full_fp32_param, utils.safe_get_full_optimizer_state)
-        self._store = (utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state)
-        self.module = self.ds.module
+        try:
+            self.ds, self.optimizer, *_ = deepspeed.initialize(
+                model=student.to(self.device), optimizer=self.inner, config=fill(config, recipe, self.world_size)
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
+        self._full = (
+            utils.safe_get_full_fp32_param, utils.safe_get_full_optimizer_state,
+            utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state,
+        )  # fmt: skip
+        self.module = student
         self.stage = self.ds.zero_optimization_stage()
         self.bf16 = bf16
         gloo = self.device.type == "cpu"
@@ -231,26 +232,42 @@ class DeepSpeedEngine(TorchEngine):
                 return list(getattr(self.optimizer, name))
         return super()._tensors()
 
-    def _link(self) -> None:
-        """ZeRO 1 and 2 point each parameter at its piece of the flat moments; normally the first step does that."""
-        if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state") and self._has_moments():
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _sharded(self, parameter: torch.Tensor) -> bool:
-        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
     def _whole(self, parameter: torch.Tensor, key: str | None) -> torch.Tensor:
-        if not self._sharded(parameter):
+        if hasattr(parameter, "ds_id"):  # ZeRO 3
+            get, get_moment = self._full[:2]
+            return get(parameter) if key is None else get_moment(parameter, key)
+        if not hasattr(parameter, "_hp_mapping"):  # ZeRO 0
             return super()._whole(parameter, key)
-        return self._lookup[0](parameter) if key is None else self._lookup[1](parameter, key)
+        whole = torch.zeros(parameter.numel(), device=self.device)
+        if (piece := self._piece(parameter, key)) is not None:
+            address = parameter._hp_mapping.lp_fragment_address
+            whole.narrow(0, address.start, address.numel).copy_(piece)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(whole)
+        return whole.view_as(parameter)
 
+    @torch.no_grad()
     def _set_whole(self, parameter: torch.Tensor, value: torch.Tensor, key: str | None) -> None:
-        if not self._sharded(parameter):
+        if hasattr(parameter, "ds_id"):
+            put, put_moment = self._full[2:]
+            put(parameter, value) if key is None else put_moment(parameter, value, key)
+        elif not hasattr(parameter, "_hp_mapping"):
             super()._set_whole(parameter, value, key)
-        elif key is None:
-            self._store[0](parameter, value)
-        else:
-            self._store[1](parameter, value, key)
+        elif (piece := self._piece(parameter, key)) is not None:
+            address = parameter._hp_mapping.lp_fragment_address
+            piece.copy_(value.flatten().narrow(0, address.start, address.numel))
+
+    def _piece(self, parameter: torch.Tensor, key: str | None) -> torch.Tensor | None:
+        """ZeRO 1 and 2: this rank's piece of a parameter's fp32 weight or moment, or None.
+
+        DeepSpeed's own lookup of moments knows the first parameter group alone.
+        """
+        if (mapping := parameter._hp_mapping) is None:
+            return None
+        if key is None:
+            return mapping.hp_fragment
+        flat, address = self._tensors()[mapping.param_group_index], mapping.hp_fragment_address
+        return self.inner.state[flat][key].narrow(0, address.start, address.numel)
 
     def _master(self, parameter: torch.Tensor) -> torch.Tensor:
         """At ZeRO 0 in bf16 the optimizer steps fp32 copies, group by group."""
@@ -291,4 +308,6 @@ def init_distributed() -> None:
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
+    else:  # DeepSpeed would compile an op that only its inference calls: 40 s, and a lock that a killed build leaves
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)

@@ -98,12 +98,13 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     # Where the run starts: a checkpoint, or the head's initialisation.
-    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank)
+    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head)
     saved = checkpoint.load(resume, recipe, len(source)) if resume else None
     if saved is not None:
         stage = None if sharded is None else sharded.get("zero_optimization", {}).get("stage", 0)
         checkpoint.check_engine(saved, recipe, stage, world_size)
         checkpoint.put_weights(saved, student)
+    evaluate = make_evaluation(recipe, student)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
         if rank == 0:
@@ -117,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
-    evaluate = make_evaluation(recipe, student)
     engine = sharding.make_engine(student, recipe, sharded)
     start = 0
     if saved is not None:
@@ -240,10 +240,23 @@ class Interrupt:
 
 
 def make_evaluation(recipe: Recipe, student):
-    """A function of (engine, step, metrics) that runs the recipe's suite through the engine, on every rank alike."""
-    if recipe.eval.suite == "none":
+    """A function of (engine, step, metrics) that runs the recipe's suite. Every rank encodes: ZeRO-3 needs them all."""
+    suite, items = recipe.eval.suite, recipe.eval.items
+    if suite == "none":
         return lambda engine, step, metrics: None
-    raise NotImplementedError(recipe.eval.suite)
+    from fastsds.evaluation import world_suite
+    from fastsds.world.scenes import SIZE
+
+    if student.image_size != SIZE:
+        size = student.image_size
+        raise ConfigError(f"eval.suite {suite} has {SIZE}x{SIZE} images, this student takes {size}x{size}: expected none")
+
+    def evaluate(engine, step: int, metrics: Metrics) -> None:
+        encode = world_suite.encoder(engine, student.tokenize, engine.device)
+        values, rows = world_suite.evaluate(encode, suite, items)
+        metrics.evaluation(step, suite, values, rows)
+
+    return evaluate
 
 
 def counts(student, trained: list[str]) -> str:
