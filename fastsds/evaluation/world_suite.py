@@ -58,12 +58,24 @@ def evaluate(encode: Encode, suite: str, items: int = 300, seed: int = 0) -> tup
         chosen = swaps(suite, split, items, seed)
         scores = evaluate_swaps(encode, chosen)
         metrics |= {f"{split}/{name}": value for name, value in swap_metrics(scores, chosen.kind).items()}
-        found = [evaluate_retrieval(encode, gallery(suite, split, k, seed)) for k in range(GALLERIES)]
-        metrics[f"{split}/retrieval"] = 100 * float(np.mean(found))
+        metrics[f"{split}/retrieval"] = 100 * float(retrieve(encode, suite, split, seed).mean())
         for k, s in enumerate(scores.tolist()):
             cells = {"s00": s[0][0], "s01": s[0][1], "s10": s[1][0], "s11": s[1][1]}
             rows.append({"split": split, "kind": chosen.kind[k], "id": k, **cells})
     return metrics, rows
+
+
+def retrieve(encode: Encode, suite: str, split: str, seed: int = 0) -> np.ndarray:
+    """Whether each query of a split's galleries found its own: bool [2 * GALLERIES * CANDIDATES]."""
+    galleries = [gallery(suite, split, k, seed) for k in range(GALLERIES)]
+    return np.concatenate([found for samples in galleries for found in evaluate_retrieval(encode, samples)])
+
+
+def first_of_each_kind(items: SwapItems, n: int) -> SwapItems:
+    """The first n items of each kind."""
+    places = [[k for k, kind in enumerate(items.kind) if kind == wanted][:n] for wanted in dict.fromkeys(items.kind)]
+    rows = [k for place in places for k in place]
+    return SwapItems(items.pixels[rows], [items.captions[k] for k in rows], [items.kind[k] for k in rows], items.split)
 
 
 def swap_metrics(scores, kinds: list[str]) -> dict[str, float]:
