@@ -21,14 +21,13 @@ from fastsds.jobs import Job
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. sets: over the recipe; student, teacher: flags of a pretraining of its own; same_time_as: train
-    for as long as that arm did, by the measured ratio of that seed's runs."""
+    """One way to train. sets: over the recipe; student: flags of a pretraining of its own; same_time_as: train for as long
+    as that arm did, by the measured ratio of that seed's runs."""
 
     name: str
     label: str
     sets: tuple[str, ...] = ()
     student: tuple[str, ...] = ()
-    teacher: tuple[str, ...] = ()
     same_time_as: str | None = None
 
 
@@ -46,7 +45,6 @@ CONTROLS = (
     Arm("full_weighted", "full gradient, weighted", ("loss.gradient=full", "loss.weighting=inverse_snr_root")),
     Arm("layernorm", "L_CLIP + L_SDS, LayerNorm only", ("student.tune=layernorm",)),
     Arm("layernorm_clip", "L_CLIP, LayerNorm only", (OFF, "student.tune=layernorm")),
-    Arm("teacher_plain", "teacher without parsing warm-up", teacher=("--no-parsing",)),
 )  # fmt: skip
 
 ITEMS = 300  # test items a kind
@@ -183,7 +181,7 @@ def plan_seeds(settings: Settings) -> dict[tuple[str, int], Job]:
     plan: dict[tuple[str, int], Job] = {}
     for s in range(settings.seeds):
         folder = settings.output / f"seed_{s}"
-        plan["pretraining", s] = first = pretraining("student", s, folder / "pretraining")
+        plan["pretraining", s] = first = pretraining(s, folder / "pretraining")
         student = first.folder / "student"
         for arm in (SDS, CLIP):
             plan[arm.name, s] = training(settings, arm, folder / arm.name, s, student, [first])
@@ -191,28 +189,22 @@ def plan_seeds(settings: Settings) -> dict[tuple[str, int], Job]:
     for arm in settings.controls:
         own = f"pretraining_{arm.name}"
         for s in range(settings.control_seeds):
-            folder, first, teacher = settings.output / f"seed_{s}", plan["pretraining", s], None
+            folder, first = settings.output / f"seed_{s}", plan["pretraining", s]
             if arm.student:
-                plan[own, s] = first = pretraining("student", s, folder / own, arm.student)
-            needs = [first]
-            if arm.teacher:  # one for all seeds, as the shipped one
-                if s == 0:
-                    plan[own, 0] = pretraining("teacher", 0, settings.output / own, arm.teacher)
-                needs, teacher = [first, plan[own, 0]], settings.output / own / "teacher"
+                plan[own, s] = first = pretraining(s, folder / own, arm.student)
             pair = (plan["clip", s], plan[arm.same_time_as, s]) if arm.same_time_as else ()
-            plan[arm.name, s] = training(
-                settings, arm, folder / arm.name, s, first.folder / "student", [*needs, *pair], teacher, pair
-            )
+            plan[arm.name, s] = training(settings, arm, folder / arm.name, s, first.folder / "student", [first, *pair], pair)
     return plan
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def pretraining(stage: str, seed: int, folder: Path, flags: tuple[str, ...] = ()) -> Job:
-    argv = [sys.executable, "-m", "fastsds.world.pretrain", "--only", stage, "--seed", str(seed), "--output", str(folder)]
-    key = {"weights": comparison.weights()}
-    return Job(f"{folder.parent.name} {folder.name}", folder, lambda: [*argv, *flags], key=key)
+def pretraining(seed: int, folder: Path, flags: tuple[str, ...] = ()) -> Job:
+    """A student of its own."""
+    argv = [sys.executable, "-m", "fastsds.world.pretrain", "--only", "student", "--seed", str(seed), *flags]
+    argv += ["--output", str(folder)]
+    return Job(f"{folder.parent.name} {folder.name}", folder, lambda: argv, key={"weights": comparison.weights()})
 
 
 def untrained(settings: Settings, name: str, student: Path | str, folder: Path, needs=(), of_images: bool = False) -> Job:
@@ -223,13 +215,11 @@ def untrained(settings: Settings, name: str, student: Path | str, folder: Path, 
 
 
 def training(
-    settings: Settings, arm: Arm, folder: Path, seed: int, student: Path | None = None, needs=(),
-    teacher: Path | None = None, pair: tuple[Job, ...] = (),
-) -> Job:  # fmt: skip
+    settings: Settings, arm: Arm, folder: Path, seed: int, student: Path | None = None, needs=(), pair: tuple[Job, ...] = ()
+) -> Job:
     """One run of the trainer, then its evaluation. pair: multiply steps by the seconds of pair[1] over pair[0]'s."""
     over = [f"seed={seed}", *DURING, *(["eval.every=0"] if student else []), *settings.sets, *arm.sets]
     over += [f"student.model={student}"] if student else []
-    over += [f"teacher.path={teacher}"] if teacher else []
     recipe, run = load_recipe(None, over), folder / "run"
 
     def command() -> list[str]:
@@ -237,7 +227,7 @@ def training(
         sets = [*over, f"steps={round(recipe.steps * scale)}"]
         return [sys.executable, "-m", "fastsds.train", "--output", str(run), *(x for o in sets for x in ("--set", o))]
 
-    def measure() -> dict:  # every arm is read by the same teacher, also one that had another, or none
+    def measure() -> dict:  # every arm with a head is read by the same teacher, also one that learnt from none
         read_by = settings.recipe.teacher.path
         seconds = comparison.training_seconds(run / "metrics.jsonl", recipe.data.batch * recipe.data.accumulation)
         return {"seconds": seconds, **comparison.assess(run / "student", folder, settings.items, read_by)}
