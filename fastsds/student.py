@@ -7,6 +7,8 @@ The CLIP is built with a one-element `logit_scale` (DeepSpeed cannot shard a 0-d
 import json
 import math
 import shutil
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +57,18 @@ class LatentHead(nn.Module):
     def forward(self, f: torch.Tensor) -> torch.Tensor:
         return self.linear(self.features(f).to(self.linear.weight.dtype)).unflatten(1, self.latent_shape)
 
+    def pull_back(self, f: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """dL/df from dL/dz, beside the graph: an engine's hooks forbid partial backward passes through its outputs.
+
+        Shapes: f [B, d], gradient [B, C, h, w] -> [B, d]. Under ZeRO-3 collective (it gathers the weight).
+        """
+        with torch.enable_grad():
+            f = f.detach().requires_grad_()
+            features = self.features(f)
+        with _whole(self.linear.weight) as weight:
+            inner = gradient.flatten(1) @ weight.detach().to(gradient.dtype)
+        return torch.autograd.grad(features, f, inner.to(features.dtype))[0]
+
 
 class Student(nn.Module):
     """CLIP and head behind one forward, so that a sharding engine can call them: `engine(pixels, tokens)`.
@@ -63,11 +77,10 @@ class Student(nn.Module):
     BatchNorm statistics and dropout stay frozen: a step must not depend on how a batch is cut.
     """
 
-    def __init__(
-        self, clip: nn.Module, config: dict, tokenizer, latent_shape: tuple[int, int, int] | None = None
-    ):
+    def __init__(self, clip: nn.Module, config: dict, tokenizer, latent_shape: tuple[int, int, int] | None = None):
         super().__init__()
         self.clip = clip
+        clip.forward = partial(_towers, clip)
         self.config, self.tokenizer = config, tokenizer
         self.image_size = _square(clip.visual.image_size)
         self.width = _embedding_width(clip, config)
@@ -100,26 +113,23 @@ class Student(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         if (key := (pixels.device, wide)) not in self._statistics:
             self._statistics[key] = tuple(
-                torch.tensor(v, dtype=wide, device=pixels.device).view(1, 3, 1, 1)
-                for v in (self._mean, self._std)
+                torch.tensor(v, dtype=wide, device=pixels.device).view(1, 3, 1, 1) for v in (self._mean, self._std)
             )
         mean, std = self._statistics[key]
         return ((pixels.to(wide) / 255 - mean) / std).to(dtype)
 
-    def forward(
-        self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None
-    ) -> StudentOutput:
+    def forward(self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> StudentOutput:
         """Shapes: pixels uint8 [B, 3, S, S] or None, tokens int64 [N, L] or None -> StudentOutput."""
-        raw = image = text = z = None
-        if pixels is not None:
-            raw = _at_least_fp32(self.clip.encode_image(self.normalise(pixels)))
+        image = text = z = None
+        images = None if pixels is None else self.normalise(pixels)
+        raw, raw_text, scale = self.clip(images, tokens)
+        if raw is not None:
             image = nn.functional.normalize(raw, dim=-1)
             if self.head is not None:
                 z = _at_least_fp32(self.head(raw))
-        if tokens is not None:
-            text = nn.functional.normalize(_at_least_fp32(self.clip.encode_text(tokens)), dim=-1)
-        scale = _at_least_fp32(self.clip.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp()
-        return StudentOutput(raw, image, text, z, scale.reshape(()))
+        if raw_text is not None:
+            text = nn.functional.normalize(raw_text, dim=-1)
+        return StudentOutput(raw, image, text, z, scale)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         """Token ids, cut to the context length with the end token kept. Shapes: [N] strings -> int64 [N, L]."""
@@ -185,9 +195,7 @@ def apply_tuning(student: Student, tune: str, head: bool = True) -> list[str]:
     if tune not in ("layernorm", "all"):
         raise ConfigError(f"student.tune: {tune!r}, expected layernorm or all")
     kinds = nn.LayerNorm | nn.modules.batchnorm._BatchNorm
-    norms = {
-        id(p) for m in student.clip.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)
-    }
+    norms = {id(p) for m in student.clip.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
     trained = []
     for name, parameter in student.named_parameters():
         if name.startswith("head."):
@@ -215,17 +223,11 @@ def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path
         hf = getattr(like.tokenizer, "tokenizer", None)
         if hasattr(hf, "save_pretrained"):
             hf.save_pretrained(out)
-            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = (
-                "."  # plain open_clip takes the folder itself
-            )
+            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."  # plain open_clip takes the folder itself
         _replace(out / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     else:
         for file in sorted(Path(like).iterdir()):
-            if (
-                file.is_file()
-                and file.suffix not in WEIGHT_SUFFIXES
-                and file.resolve() != (out / file.name).resolve()
-            ):
+            if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.resolve() != (out / file.name).resolve():
                 shutil.copyfile(file, out / file.name)
     parts: dict[str, dict] = {"clip": {}, "head": {}}
     for name, tensor in state.items():
@@ -242,6 +244,29 @@ def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path
         shape = like.latent_shape if isinstance(like, Student) else _shape_of_head(like, parts["head"])
         meta = {"latent_shape": json.dumps(list(shape))}
         _replace(out / HEAD_FILE, lambda path: save_file(parts["head"], path, metadata=meta))
+
+
+@contextmanager
+def _whole(parameter: nn.Parameter):
+    """Give a parameter whole, wherever ZeRO-3 keeps its parts."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield parameter
+
+
+def _towers(clip: nn.Module, images: torch.Tensor | None, tokens: torch.Tensor | None):
+    """What the student's `clip(images, tokens)` does: raw features of both towers, and the logit scale.
+
+    It goes through the module's own call, for ZeRO-3 gathers a module's parameters around that and nothing else.
+    """
+    image = None if images is None else _at_least_fp32(clip.encode_image(images))
+    text = None if tokens is None else _at_least_fp32(clip.encode_text(tokens))
+    scale = _at_least_fp32(clip.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp().reshape(())
+    return image, text, scale
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -281,17 +306,13 @@ def _resolve(model: str | Path, pretrained: str | None) -> tuple[str, Path | Non
         if not any(f.suffix in WEIGHT_SUFFIXES and f.name != HEAD_FILE for f in folder.iterdir()):
             raise ConfigError(f"{folder}: no weights (expected {WEIGHTS_FILE})")
         if pretrained is not None:
-            raise ConfigError(
-                f"student.pretrained: {pretrained!r}, but {folder} has its own weights; expected null"
-            )
+            raise ConfigError(f"student.pretrained: {pretrained!r}, but {folder} has its own weights; expected null")
         return f"local-dir:{folder}", folder
     if text.replace("/", "-") in open_clip.list_models():
         return text, None
     if text == "world" or text.startswith(("local-dir:", ".", "/", "~")) or "/" in text:
         raise ConfigError(f"student.model: folder {folder} does not exist")
-    raise ConfigError(
-        f"student.model: {text!r} is neither a folder nor an open_clip model (see open_clip.list_models())"
-    )
+    raise ConfigError(f"student.model: {text!r} is neither a folder nor an open_clip model (see open_clip.list_models())")
 
 
 def _read_head(folder: Path) -> tuple[tuple[int, ...], dict] | None:
@@ -304,18 +325,14 @@ def _read_head(folder: Path) -> tuple[tuple[int, ...], dict] | None:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if "latent_shape" not in metadata or set(state) != {"linear.weight", "linear.bias"}:
-        raise ConfigError(
-            f"{folder / HEAD_FILE}: not a latent head (expected linear.weight, linear.bias and latent_shape)"
-        )
+        raise ConfigError(f"{folder / HEAD_FILE}: not a latent head (expected linear.weight, linear.bias and latent_shape)")
     return tuple(json.loads(metadata["latent_shape"])), state
 
 
 def _shape_of_head(like: Path, state: dict) -> tuple[int, ...]:
     saved = _read_head(Path(like))
     if saved is None or math.prod(saved[0]) != state["linear.bias"].numel():
-        raise ValueError(
-            f"the latent shape of the head is unknown: {like} has no {HEAD_FILE} like it; pass the student"
-        )
+        raise ValueError(f"the latent shape of the head is unknown: {like} has no {HEAD_FILE} like it; pass the student")
     return saved[0]
 
 
@@ -339,9 +356,7 @@ def _check_text(student: Student, model: str | Path) -> None:
     except Exception as error:
         raise ConfigError(f"student {model}: its tokenizer fails on a caption: {_brief(error)}") from error
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
-        raise ConfigError(
-            f"student {model}: token {int(tokens.max())} is past the text tower's {vocabulary} entries"
-        )
+        raise ConfigError(f"student {model}: token {int(tokens.max())} is past the text tower's {vocabulary} entries")
     if pool not in ("argmax", "eos") or end is None:
         return  # 'first', 'last' and HF towers do not look for the end token
     if pool == "argmax":

@@ -42,9 +42,7 @@ def positions(
     if order not in ORDERS:
         raise ValueError(f"order {order!r}, expected one of {ORDERS}")
     if batch % world or not 0 <= rank < world:
-        raise ValueError(
-            f"batch {batch} over {world} ranks (rank {rank}): expected a multiple of the world size"
-        )
+        raise ValueError(f"batch {batch} over {world} ranks (rank {rank}): expected a multiple of the world size")
     if batch > n:
         raise ValueError(f"batch {batch} is larger than the data ({n} samples)")
     b = batch // world
@@ -100,14 +98,9 @@ def load_batch(
     if shuffled:
         all_ids, all_visits = positions(step, micro, rank=0, world=1, **at)
         after = (rank + 1) * len(ids) % batch
-        told = (
-            told[1:]
-            + source.load(all_ids[after : after + 1], all_visits[after : after + 1], image_size).captions
-        )
+        told = told[1:] + source.load(all_ids[after : after + 1], all_visits[after : after + 1], image_size).captions
     if negatives and samples.negatives is None:
-        raise ValueError(
-            "loss.negatives: swapped needs a source that gives wrong captions, and this one gives none"
-        )
+        raise ValueError("loss.negatives: swapped needs a source that gives wrong captions, and this one gives none")
     pixels_teacher = None
     if teacher_size is not None and teacher_size != image_size:
         pixels_teacher = source.load(ids, visits, teacher_size).pixels.to(device)

@@ -76,9 +76,7 @@ class TSVSource:
                         continue
                     row = f"{self.path}: row {reader.line_num}"
                     if len(cells) != len(header):
-                        raise ConfigError(
-                            f"{row}: {len(cells)} columns, expected {len(header)} (tab-separated)"
-                        )
+                        raise ConfigError(f"{row}: {len(cells)} columns, expected {len(header)} (tab-separated)")
                     name, caption = cells[at].strip(), cells[said].strip()
                     for column, value in zip(COLUMNS, (name, caption), strict=True):
                         if not value:

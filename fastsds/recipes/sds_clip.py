@@ -27,6 +27,7 @@ from fastsds.data import Batch
 from fastsds.schedule import alpha_sigma, timestep_range
 from fastsds.student import StudentOutput
 
+TINY = 1e-30
 MEMORY = 0.99  # of the running squared gradient norms that `lambda: auto` divides
 
 
@@ -45,9 +46,7 @@ def teacher_pixels(batch: Batch) -> torch.Tensor:
     return batch.pixels if batch.pixels_teacher is None else batch.pixels_teacher
 
 
-def epsilon(
-    pred: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, schedule, prediction_type: str
-) -> torch.Tensor:
+def epsilon(pred: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, schedule, prediction_type: str) -> torch.Tensor:
     """The noise that a prediction of any type stands for, differentiably: L_SDS compares noise with noise."""
     if prediction_type == "epsilon":
         return pred
@@ -60,24 +59,23 @@ def epsilon(
 class SDSCLIP:
     """The loss of one contrastive batch, of which this rank holds a part.
 
-    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0. seed: of timesteps and noise.
+    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0. seed: of timesteps and noise. head: the
+        student's, to carry L_SDS's gradient back to f; needed to diagnose and for `lambda: auto`.
     The gradient of a rank's loss, averaged over ranks, is the gradient of one rank with the whole batch.
     """
 
-    def __init__(self, loss, teacher=None, seed: int = 0, world_size: int = 1, rank: int = 0):
+    def __init__(self, loss, teacher=None, seed: int = 0, world_size: int = 1, rank: int = 0, head=None):
         from open_clip import ClipLoss
 
         if loss.reference != "noise":
             raise ConfigError(f"loss.reference: {loss.reference!r}, expected noise")
         if loss.gradient not in ("sds", "full", "latents"):
             raise ConfigError(f"loss.gradient: {loss.gradient!r}, expected sds, full or latents")
-        self.loss, self.teacher, self.seed = loss, teacher, seed
+        self.loss, self.teacher, self.seed, self.head = loss, teacher, seed, head
         self.world_size, self.rank = world_size, rank
         self.auto, self.off = loss.lambda_ == "auto", loss.lambda_ == 0
         self.clip_loss = ClipLoss(local_loss=False, gather_with_grad=True, rank=rank, world_size=world_size)
-        self.running: torch.Tensor | None = (
-            None  # [|dL_CLIP/df|^2, |dL_SDS/df|^2], decayed sums of the same weight
-        )
+        self.running: torch.Tensor | None = None  # decayed sums of [|dL_CLIP/df|^2, |dL_SDS/df|^2]
         if self.off:
             return
         if teacher is not None and teacher.prediction_type not in ("epsilon", "v_prediction", "sample"):
@@ -89,42 +87,36 @@ class SDSCLIP:
         except ValueError as error:
             raise ConfigError(f"loss: {error}") from error
 
-    def __call__(
-        self, out: StudentOutput, batch: Batch, step: int, diagnose: bool = False
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, out: StudentOutput, batch: Batch, step: int, diagnose: bool = False) -> dict[str, torch.Tensor]:
         """The loss of one micro-batch, and its parts.
 
-        Args: out: the student's answer to (batch.pixels, batch.student_tokens). step: counts optimizer steps; L_SDS
-            is there on every sds_every-th, with sds_every times lambda. diagnose: also measure rho and the cosine of
-            the two gradients at f, over all ranks.
+        Args: out: the student's answer to (batch.pixels, batch.student_tokens). step: optimizer steps done before; the
+            k-th, 2k-th, ... step has L_SDS, with k times lambda (k = sds_every). diagnose: also measure rho and the
+            cosine of the two gradients at f, over all ranks.
         Returns: 0-dim tensors: loss (to be differentiated), clip, lambda; where the teacher was asked also sds, and
             with diagnose rho and cosine. clip is the whole batch's value on each rank, sds this rank's mean.
         """
         clip = self.contrastive(out, batch)
+        parts = {"loss": clip, "clip": clip.detach(), "lambda": self._lambda(clip)}
         if self.off:
-            return {"loss": clip, "clip": clip.detach(), "lambda": torch.zeros_like(clip)}
-        if step % self.loss.sds_every:  # h_w keeps a (zero) gradient, so that every engine steps it alike
-            parts = {"loss": clip + 0.0 * out.z.sum(), "clip": clip.detach()}
-            return (
-                parts if self.auto else {**parts, "lambda": torch.full_like(clip, self.loss.lambda_).detach()}
-            )
-        sds = self.distillation(out.z, batch)
-        parts = {"clip": clip.detach(), "sds": sds.detach()}
+            return parts
+        if (step + 1) % self.loss.sds_every:  # h_w keeps a (zero) gradient, so that every engine steps it alike
+            return {**parts, "loss": clip + 0.0 * out.z.sum()}
+        z = out.z.detach().requires_grad_()
+        sds = self.distillation(z, batch)
+        g_z = torch.autograd.grad(sds, z)[0]  # the UNet's graph ends here
         if self.auto or diagnose:
-            squares = self._gradient_products(clip, sds, out.image_raw)
+            squares = self._gradient_products(out, batch, g_z)
         if self.auto:
-            self.running = squares[:2] + (
-                0 if self.running is None else MEMORY * self.running.to(squares.device)
-            )
-            weight = self.loss.rho * (self.running[0] / self.running[1].clamp_min(1e-30)).sqrt()
-        else:
-            weight = torch.full_like(sds, self.loss.lambda_).detach()
-        parts["lambda"] = weight
+            before = torch.zeros_like(squares[:2]) if self.running is None else self.running.to(squares.device)
+            self.running = MEMORY * before + squares[:2]
+        weight = self._lambda(clip)
         if diagnose:
-            clip_norm, sds_norm = squares[:2].sqrt().clamp_min(1e-30)
+            clip_norm, sds_norm = squares[:2].sqrt().clamp_min(TINY)
             parts["rho"] = weight * sds_norm / clip_norm
             parts["cosine"] = squares[2] / (clip_norm * sds_norm)
-        return {"loss": clip + self.loss.sds_every * weight * sds, **parts}
+        injected = _Inject.apply(out.z, sds.detach(), g_z)
+        return {**parts, "loss": clip + self.loss.sds_every * weight * injected, "sds": sds.detach(), "lambda": weight}
 
     def contrastive(self, out: StudentOutput, batch: Batch) -> torch.Tensor:
         """L_CLIP of the whole contrastive batch, the same value on every rank.
@@ -134,9 +126,7 @@ class SDSCLIP:
         if self.loss.negatives == "none":
             return self.clip_loss(out.image, out.text, out.logit_scale)
         if len(out.text) != 2 * len(batch):
-            raise ValueError(
-                f"loss.negatives: text features of {len(out.text)} captions, expected 2 x {len(batch)}"
-            )
+            raise ValueError(f"loss.negatives: text features of {len(out.text)} captions, expected 2 x {len(batch)}")
         features = torch.cat([out.image, *out.text.split(len(batch))], dim=1)
         if self.world_size > 1:
             from torch.distributed.nn import all_gather
@@ -155,9 +145,7 @@ class SDSCLIP:
             raise ValueError("loss.captions: shuffled, but this batch has no shuffled captions")
         teacher, schedule = self.teacher, self.teacher.alphas_cumprod
         text = teacher.embed(batch.teacher_captions)
-        t = ops.Noise(self.seed, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(
-            *self.timesteps
-        )
+        t = ops.Noise(self.seed, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(*self.timesteps)
         noise = ops.Noise(self.seed, ops.draw(ops.Purpose.NOISE, batch.visits), batch.ids)
         through = self.loss.gradient == "full"
         with torch.set_grad_enabled(through):
@@ -169,9 +157,7 @@ class SDSCLIP:
             eps_hat = epsilon(pred, z_t, t, schedule, teacher.prediction_type)
             return ops.denoising_loss(eps_hat, noise, t, schedule, **how)
         # ops' value is half the energy and its gradient w (eps_hat - eps) / numel: twice both is L_SDS
-        return 2 * ops.sds_loss(
-            z, pred, noise, t, schedule, x_t=z_t, prediction_type=teacher.prediction_type, **how
-        )
+        return 2 * ops.sds_loss(z, pred, noise, t, schedule, x_t=z_t, prediction_type=teacher.prediction_type, **how)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs: the running norms behind `lambda: auto`, alike on all ranks."""
@@ -180,10 +166,37 @@ class SDSCLIP:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.running = state["running"].clone() if "running" in state else None
 
-    def _gradient_products(self, clip: torch.Tensor, sds: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    def _lambda(self, like: torch.Tensor) -> torch.Tensor:
+        """lambda as it stands: fixed, or the one at which the running norms have the ratio rho. 0-dim."""
+        if not self.auto:
+            return torch.full_like(like, self.loss.lambda_).detach()
+        if self.running is None:
+            return torch.zeros_like(like).detach()
+        clip, sds = self.running
+        return self.loss.rho * (clip / sds.clamp_min(TINY)).sqrt()
+
+    def _gradient_products(self, out: StudentOutput, batch: Batch, g_z: torch.Tensor) -> torch.Tensor:
         """[|g_clip|^2, |g_sds|^2, <g_clip, g_sds>] at f, over all ranks: fp32 [3]."""
-        g_clip, g_sds = (torch.autograd.grad(part, f, retain_graph=True)[0] for part in (clip, sds))
+        if self.head is None:
+            raise ValueError("to diagnose, or for lambda: auto, the recipe needs the head: SDSCLIP(..., head=student.head)")
+        f = out.image_raw.detach().requires_grad_()
+        fixed = {"text": out.text.detach(), "logit_scale": out.logit_scale.detach()}
+        clip = self.contrastive(out._replace(image=F.normalize(f, dim=-1), **fixed), batch)
+        g_clip, g_sds = torch.autograd.grad(clip, f)[0], self.head.pull_back(f, g_z)
         products = torch.stack([(g_clip * g_clip).sum(), (g_sds * g_sds).sum(), (g_clip * g_sds).sum()])
         if self.world_size > 1:
             torch.distributed.all_reduce(products)
         return products
+
+
+class _Inject(torch.autograd.Function):
+    """A value whose gradient is known: nothing is lost to rounding, and the upstream gradient is honoured."""
+
+    @staticmethod
+    def forward(ctx, z, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.saved_tensors[0], None, None

@@ -20,9 +20,7 @@ from fastsds.config import ConfigError
 
 PARTS = ("unet", "text", "vae")
 FOLDERS = {"unet": ("unet",), "text": ("text_encoder", "tokenizer"), "vae": ("vae",)}
-TEXT_CHUNK = (
-    16  # captions are embedded in runs of one fixed shape: a caption's bits depend on no other caption
-)
+TEXT_CHUNK = 16  # captions are embedded in runs of one fixed shape: a caption's bits depend on no other caption
 CACHE_BYTES = 256 << 20
 
 
@@ -33,9 +31,7 @@ class Teacher:
     image_size: pixels a side.
     """
 
-    def __init__(
-        self, *, unet=None, vae=None, text_encoder=None, tokenizer=None, scheduler, latent_shape, image_size
-    ):
+    def __init__(self, *, unet=None, vae=None, text_encoder=None, tokenizer=None, scheduler, latent_shape, image_size):
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler = scheduler
         self.prediction_type = scheduler.config.prediction_type
@@ -70,9 +66,7 @@ class Teacher:
         schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
         sample, blocks = configs["unet"].get("sample_size"), configs["vae"].get("block_out_channels")
         if not isinstance(sample, int):
-            raise ConfigError(
-                f"{folder / 'unet' / 'config.json'}: sample_size is {sample!r}, expected an integer"
-            )
+            raise ConfigError(f"{folder / 'unet' / 'config.json'}: sample_size is {sample!r}, expected an integer")
         loaded = {}
         if "unet" in parts:
             loaded["unet"] = _load(UNet2DConditionModel, folder / "unet", dtype)
@@ -133,9 +127,7 @@ class Teacher:
         """
         self._need("unet")
         if tuple(z_t.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"latents {tuple(z_t.shape)}, expected [B, {', '.join(map(str, self.latent_shape))}]"
-            )
+            raise ValueError(f"latents {tuple(z_t.shape)}, expected [B, {', '.join(map(str, self.latent_shape))}]")
         hidden = text.to(self.dtype)
         return self.unet(z_t.to(self.dtype), t, encoder_hidden_states=hidden).sample.to(z_t.dtype)
 
@@ -145,9 +137,7 @@ class Teacher:
         self._need("vae")
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
             size = self.image_size
-            raise ValueError(
-                f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {size}, {size}]"
-            )
+            raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {size}, {size}]")
         images = pixels.to(self.device).float() / 127.5 - 1
         mean = self.vae.encode(images.to(self.dtype)).latent_dist.mean.float()
         config = self.vae.config
@@ -158,9 +148,7 @@ class Teacher:
         """The inverse of encode. Shapes: [B, C, h, w] -> uint8 [B, 3, S, S]."""
         self._need("vae")
         config = self.vae.config
-        unscaled = latents.to(self.device).float() / config.scaling_factor + (
-            config.get("shift_factor") or 0.0
-        )
+        unscaled = latents.to(self.device).float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
         images = self.vae.decode(unscaled.to(self.dtype)).sample.float()
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -188,9 +176,7 @@ def _folder(path: str | Path, parts: tuple[str, ...]) -> Path:
         from huggingface_hub import snapshot_download
 
         wanted = {"unet": None, "vae": None, **{f: None for part in parts for f in FOLDERS[part]}}
-        patterns = ["scheduler/*.json"] + [
-            f"{f}/*{s}" for f in wanted for s in (".json", ".txt", ".safetensors")
-        ]
+        patterns = ["scheduler/*.json"] + [f"{f}/*{s}" for f in wanted for s in (".json", ".txt", ".safetensors")]
         try:
             return Path(snapshot_download(text.removeprefix("hf-hub:"), allow_patterns=patterns))
         except Exception as error:
@@ -216,18 +202,17 @@ def _load(kind, folder: Path, dtype: torch.dtype):
     _read_json(folder / "config.json")
     names = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
     if not names:
-        default = (
-            "model.safetensors" if folder.name == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        )
+        default = "model.safetensors" if folder.name == "text_encoder" else "diffusion_pytorch_model.safetensors"
         raise ConfigError(f"teacher folder {folder.parent}: {folder.name}/{default} is missing")
     options = {"variant": "fp16"} if all(".fp16." in name for name in names) else {}
-    options["torch_dtype" if folder.name != "text_encoder" else "dtype"] = dtype
+    if folder.name == "text_encoder":
+        options["dtype"] = dtype
+    else:
+        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # True needs accelerate
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(
-            f"teacher folder {folder.parent}: {folder.name}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"teacher folder {folder.parent}: {folder.name}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _load_tokenizer(kind, folder: Path):
