@@ -66,7 +66,7 @@ class LossConfig:
     reference: Literal["noise"] = "noise"
     noised: bool = True
     weighting: Literal["uniform", "sigma2", "alpha_sigma2", "inverse_snr_root"] = "inverse_snr_root"
-    t: tuple[float, float] | None = (0.6, 1.0)
+    t: tuple[float, float] | None = (0.5, 0.9)
     log_snr: tuple[float, float] | None = None
     shift: float = 0.0
     sds_every: int = 1
