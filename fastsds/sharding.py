@@ -188,9 +188,9 @@ class DeepSpeedEngine(TorchEngine):
             )
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
-        self._full = (
+        self._zero3 = (
             utils.safe_get_full_fp32_param, utils.safe_get_full_optimizer_state,
-            utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state,
+            utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state,
         )  # fmt: skip
         self.module = student
         self.stage = self.ds.zero_optimization_stage()
@@ -234,7 +234,7 @@ class DeepSpeedEngine(TorchEngine):
 
     def _whole(self, parameter: torch.Tensor, key: str | None) -> torch.Tensor:
         if hasattr(parameter, "ds_id"):  # ZeRO 3
-            get, get_moment = self._full[:2]
+            get, get_moment = self._zero3[:2]
             return get(parameter) if key is None else get_moment(parameter, key)
         if not hasattr(parameter, "_hp_mapping"):  # ZeRO 0
             return super()._whole(parameter, key)
@@ -248,9 +248,12 @@ class DeepSpeedEngine(TorchEngine):
 
     @torch.no_grad()
     def _set_whole(self, parameter: torch.Tensor, value: torch.Tensor, key: str | None) -> None:
-        if hasattr(parameter, "ds_id"):
-            put, put_moment = self._full[2:]
-            put(parameter, value) if key is None else put_moment(parameter, value, key)
+        if hasattr(parameter, "ds_id"):  # the last rank's part is padded; DeepSpeed's setter of whole ones forgets that
+            put, put_moment = self._zero3[2:]
+            part = parameter.ds_tensor.numel()
+            padded = torch.nn.functional.pad(value.flatten(), (0, part * self.world_size - value.numel()))
+            mine = padded.narrow(0, part * self.rank, part)
+            put(parameter, mine) if key is None else put_moment(parameter, mine, key)
         elif not hasattr(parameter, "_hp_mapping"):
             super()._set_whole(parameter, value, key)
         elif (piece := self._piece(parameter, key)) is not None:
