@@ -9,7 +9,6 @@ spawned"). It is a process of its own that runs before this package is imported.
 import contextlib
 import logging
 import os
-import sys
 
 NOISE = (
     # logger                            beginning of the message                    why nobody can act on it
@@ -20,7 +19,6 @@ NOISE = (
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),                      # a CUDA folder, no GPU: known
     ("torch.distributed.elastic.multiprocessing.redirects", "NOTE: Redirects are currently not supported"),
 )
-PRINTED = ("DeepSpeed deepspeed.ops.comm.",)        # "... built successfully", printed by every rank at every start
 
 
 class _Drop(logging.Filter):
@@ -48,40 +46,18 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def printed():
-    """Within the block, drop the lines of `PRINTED` that a package prints to stdout; all other text passes at once."""
+def loading():
+    """Within the block, transformers draws no progress bar for reading local weights; errors and downloads are untouched."""
     if verbose():
         yield
         return
-    stdout, sys.stdout = sys.stdout, _Filtered(sys.stdout)
+    from transformers.utils import logging as transformers_logging
+
+    def no_bar(factory, args, kwargs):
+        return transformers_logging.EmptyTqdm(*args, **kwargs)
+
+    before = transformers_logging.set_tqdm_hook(no_bar)
     try:
         yield
     finally:
-        sys.stdout.finish()
-        sys.stdout = stdout
-
-
-class _Filtered:
-    """A text stream that forwards everything except whole lines that begin as one of `PRINTED`."""
-
-    def __init__(self, stream):
-        self.stream, self.pending = stream, ""
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        *lines, self.pending = (self.pending + text).split("\n")
-        self.stream.writelines(line + "\n" for line in lines if not line.startswith(PRINTED))
-        return len(text)
-
-    def flush(self) -> None:
-        if not any(p.startswith(self.pending) or self.pending.startswith(p) for p in PRINTED):
-            self.stream.write(self.pending)
-            self.pending = ""
-        self.stream.flush()
-
-    def finish(self) -> None:
-        if not self.pending.startswith(PRINTED):
-            self.stream.write(self.pending)
-        self.stream.flush()
+        transformers_logging.set_tqdm_hook(before)

@@ -22,7 +22,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def python():
     """python(*arguments, cwd=..., env={...}) runs this interpreter in a process of its own and returns what it did."""
-    def run(*arguments, cwd=ROOT, env=None, timeout=300, executable=sys.executable):
+    def run(*arguments, cwd=ROOT, env=None, timeout=900, executable=sys.executable):
         return subprocess.run([str(executable), *map(str, arguments)], cwd=cwd, env={**os.environ, **(env or {})},
                               timeout=timeout, capture_output=True, text=True)
     return run

@@ -1,8 +1,6 @@
 """The noise of third-party packages is silenced, comes back on request, and nothing else is lost."""
-import io
 import logging
 import re
-import sys
 
 import pytest
 
@@ -26,12 +24,12 @@ def test_imports_are_silent_unless_verbose(python, tmp_path, root):
 
 
 def test_import_is_light(python, root):
-    code = ("import sys, time; before = set(sys.modules); t = time.perf_counter(); import fastsds; "
-            "t = time.perf_counter() - t; new = {m.partition('.')[0] for m in set(sys.modules) - before}; "
+    code = ("import sys, time; before = set(sys.modules); t = time.process_time(); import fastsds; "
+            "t = time.process_time() - t; new = {m.partition('.')[0] for m in set(sys.modules) - before}; "
             "print(t, *sorted(new - set(sys.stdlib_module_names)))")
     seconds, *modules = said(python("-c", code)).split()
     assert modules == ["fastsds"]
-    assert float(seconds) < 0.5, "0.02 s when measured alone; the limit leaves room for a busy machine"
+    assert float(seconds) < 0.1
 
 
 @pytest.fixture
@@ -64,39 +62,20 @@ def test_install_twice_is_once():
         assert len([f for f in logging.getLogger(name).filters if isinstance(f, quiet._Drop)]) == 1
 
 
-def test_printed_drops_only_its_lines(monkeypatch):
-    monkeypatch.delenv("FASTSDS_VERBOSE", raising=False)
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    with quiet.printed():
-        print("step 1")
-        print("DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully")
-        print("\rprogress", end="", flush=True)
-        assert out.getvalue() == "step 1\n\rprogress"
-        print()
-        print("DeepSpeed", end="", flush=True)
-        print(" says something else")
-        print("no newline at the end", end="")
-    assert sys.stdout is out
-    assert out.getvalue() == "step 1\n\rprogress\nDeepSpeed says something else\nno newline at the end"
-
-
-def test_printed_lets_errors_through_and_restores(monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    with pytest.raises(RuntimeError), quiet.printed():
-        print("before")
+def test_loading_draws_no_bar(monkeypatch, capfd):
+    from transformers.utils.logging import tqdm
+    monkeypatch.setenv("FASTSDS_VERBOSE", "0")
+    with quiet.loading():
+        assert list(tqdm(range(2), desc="Loading weights")) == [0, 1]
+    assert capfd.readouterr().err == ""
+    list(tqdm(range(2), desc="after the block"))
+    assert "after the block" in capfd.readouterr().err
+    with pytest.raises(RuntimeError), quiet.loading():
         raise RuntimeError
-    assert sys.stdout is out and out.getvalue() == "before\n"
-
-
-def test_printed_is_transparent_when_verbose(monkeypatch):
     monkeypatch.setenv("FASTSDS_VERBOSE", "1")
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    with quiet.printed():
-        print("DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully")
-    assert "built successfully" in out.getvalue()
+    with quiet.loading():
+        list(tqdm(range(2), desc="Loading weights"))
+    assert "Loading weights" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("value, expected", [("1", True), ("yes", True), ("0", False), ("", False)])
