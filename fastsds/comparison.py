@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsds import report, world
+from fastsds import quiet, report, world
 from fastsds.evaluation import world_suite
 from fastsds.evaluation.diffusion_score import diffusion_scores
 from fastsds.evaluation.statistics import holm, mcnemar, two_level_bootstrap
@@ -33,7 +33,7 @@ def assess(student: Path | str, folder: Path, items: int, teacher: str, of_image
     encode = world_suite.encoder(model, model.tokenize)
     metrics, rows = world_suite.evaluate(encode, SUITE, items)
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = {split: world_suite.retrieve(encode, SUITE, split).astype(int).tolist() for split in splits()}
+    found = {split: world_suite.retrieve(encode, SUITE, split).tolist() for split in splits()}
     (folder / "retrieval.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     own = {}
     for split in splits():
@@ -128,7 +128,8 @@ def weights() -> str:
 def load_teacher(path: str):
     from fastsds.teacher import Teacher
 
-    return Teacher.load(path)
+    with quiet.loading():
+        return Teacher.load(path)
 
 
 @torch.no_grad()

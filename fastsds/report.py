@@ -187,8 +187,10 @@ def picture(path: Path, shown: list[dict], curves: dict[str, dict], title: str) 
             if name == "images":
                 kind = f"{item['kind']} swap\n" if row == 0 else ""
                 axes.set_title(kind + "\n".join(textwrap.wrap(item["captions"][i], 26)), fontsize=7)
-                marks = [f"{arm} {'✓' if right[i] else '✗'}" for arm, right in item["choices"].items()]
-                axes.set_xlabel("\n".join(marks), fontsize=7)
+                for line, (arm, right) in enumerate(item["choices"].items()):
+                    mark, colour = ("✓", "tab:green") if right[i] else ("✗", "tab:red")
+                    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "fontsize": 7, "color": colour}
+                    axes.text(0.5, -0.03 - 0.08 * line, f"{arm} {mark}", **place)
     left, right = bottom.subplots(1, 2)
     for number, (arm, lines) in enumerate(curves.items()):
         for name, points in lines.items():

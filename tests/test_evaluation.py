@@ -31,7 +31,7 @@ def test_inequalities_are_strict_on_1000_matrices_with_ties():
     assert got == expected
     ties = (scores[:, 0, 0] == scores[:, 1, 0]) & (scores[:, 1, 1] == scores[:, 0, 1])
     assert ties.sum() > 50 and not text[ties].any() and not swap_accuracy(scores)[ties].any()
-    assert 100 < sum(e[0] != e[1] for e in expected)  # text is not image
+    assert 20 < sum(e[0] != e[1] for e in expected)  # text is not image
 
 
 def test_text_asks_the_captions_and_image_the_images():
@@ -271,3 +271,22 @@ def test_a_student_through_its_encoder(tmp_path):
     image, text = answer(tiny.pixels(4), captions)
     assert image.shape == text.shape == (4, 12)
     assert torch.allclose(image.norm(dim=1), torch.ones(4)) and torch.allclose(text.norm(dim=1), torch.ones(4))
+
+
+def test_retrieval_is_the_mean_of_both_directions():
+    """Of a model whose two features are one: everything is found."""
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.nn.functional.normalize
+    same = lambda pixels, captions: (unit(torch.randn(len(pixels), 4, generator=generator)),) * 2  # noqa: E731
+    found = world_suite.retrieve(same, "world_dev", "dev")
+    assert found.shape == (world_suite.GALLERIES * world_suite.CANDIDATES,) and found.all()  # image and text agree
+    galleries = [world_suite.gallery("world_dev", "dev", k) for k in range(world_suite.GALLERIES)]
+    assert all(len(set(g.captions)) == len(g) == world_suite.CANDIDATES for g in galleries)
+    assert not torch.equal(galleries[0].pixels, galleries[1].pixels)
+
+
+def test_first_of_each_kind():
+    items = numbered([(k, k, k, k) for k in range(6)], ["object", "object", "object", "colour", "colour", "shape"])
+    part = world_suite.first_of_each_kind(items, 2)
+    assert part.kind == ["object", "object", "colour", "colour", "shape"]
+    assert [c[0] for c in part.captions] == ["0", "1", "3", "4", "5"] == [str(int(p[0, 0, 0, 0])) for p in part.pixels]

@@ -66,9 +66,9 @@ def evaluate(encode: Encode, suite: str, items: int = 300, seed: int = 0) -> tup
 
 
 def retrieve(encode: Encode, suite: str, split: str, seed: int = 0) -> np.ndarray:
-    """Whether each query of a split's galleries found its own: bool [2 * GALLERIES * CANDIDATES]."""
+    """The share of a pair's two directions that found it, for each pair of a split's galleries: 0, 1/2 or 1."""
     galleries = [gallery(suite, split, k, seed) for k in range(GALLERIES)]
-    return np.concatenate([found for samples in galleries for found in evaluate_retrieval(encode, samples)])
+    return np.concatenate([np.mean(evaluate_retrieval(encode, samples), axis=0) for samples in galleries])
 
 
 def first_of_each_kind(items: SwapItems, n: int) -> SwapItems:
