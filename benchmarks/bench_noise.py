@@ -1,7 +1,7 @@
 """Noise injection: ours by seed and by tensor, the eager reference, and torch.compile of it.
 
-The baselines draw `torch.randn_like`, as user code does. Their compulsory bytes are those of the work asked for, x0 in and x_t
-out, so that GB/s compare; the noise tensor they write and read back is their own cost.
+The baselines draw `torch.randn_like`, as user code does. Their compulsory bytes are those of the work asked for, x0 in and
+x_t out, so that GB/s compare; the noise tensor they write and read back is their own cost.
 """
 
 import pytest

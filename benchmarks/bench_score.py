@@ -1,7 +1,7 @@
 """Score losses, forward and backward: ours by seed and by tensor, the eager reference, and torch.compile of it.
 
-The baselines are handed a stored noise tensor, which user code keeps from the noising step; its bytes count for them and for
-"ours_tensor", not for "ours_seed".
+The baselines are handed a stored noise tensor, which user code keeps from the noising step; its bytes count for them and
+for "ours_tensor", not for "ours_seed".
 """
 
 import pytest
@@ -35,7 +35,14 @@ def inputs(shape, dtype, device):
     leaf, pred = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     t = torch.randint(100, 900, shape[:1], device=device)
     stream = ops.Noise(0, 0, torch.arange(shape[0], device=device))
-    return leaf.requires_grad_(), pred, t, testing.alphas_cumprod().to(device), stream, stream.normal(shape[1:]).to(dtype)
+    return (
+        leaf.requires_grad_(),
+        pred,
+        t,
+        testing.alphas_cumprod().to(device),
+        stream,
+        stream.normal(shape[1:]).to(dtype),
+    )
 
 
 def forward_backward(leaf, loss):

@@ -3,7 +3,8 @@
     pytest benchmarks/ --benchmark-json=out.json      numbers, with versions, device and commit
     pytest benchmarks/ --benchmark-disable            each body once: a benchmark cannot rot on a machine without a GPU
 
-Beside every time: compulsory bytes, GB/s, percent of a plain copy of as many bytes in the same session, and on CUDA the device
+Beside every time: compulsory bytes, GB/s, percent of a plain copy of as many bytes in the same session, and on CUDA the
+    device
 time (median, 20 %, 80 %) and peak memory minus start.
 """
 

@@ -5,8 +5,8 @@
     loss = ops.sds_loss(x0, pred, noise, t, schedule)               # no UNet backward
     loss = ops.denoising_loss(pred, noise, t, schedule)             # through the UNet
 
-Each is a torch op (`torch.ops.fastsds.*`): torch.compile sees it without a graph break. On CUDA it runs its Triton kernel, on
-the CPU its twin in `fastsds.reference`; TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU.
+Each is a torch op (`torch.ops.fastsds.*`): torch.compile sees it without a graph break. On CUDA it runs its Triton kernel,
+on the CPU its twin in `fastsds.reference`; TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import math
 import torch
 
 from fastsds import reference
-from fastsds.kernels import launch, noise as _noise, philox, score
+from fastsds.kernels import launch, philox, score
+from fastsds.kernels import noise as _noise
 from fastsds.schedule import alpha_sigma
 
 REDUCTIONS = ("batch", "mean", "sum")
@@ -65,8 +66,9 @@ class Noise:
 
         word = Philox4x32-10(key = seed, counter = (i // 4, id low, id high, draw))[i % 4]
 
-    A sample's numbers depend on (seed, draw, its id, element i in row-major order) alone: not on batch size, batch split, rank,
-    world size, memory layout or device. The same normals come out of `.normal`, `add_noise` and the losses, bit for bit.
+    A sample's numbers depend on (seed, draw, its id, element i in row-major order) alone: not on batch size, batch split,
+    rank, world size, memory layout or device. The same normals come out of `.normal`, `add_noise` and the losses, bit for
+    bit.
 
     Args:
         seed: int64 bit pattern, -2^63 <= seed < 2^64.
@@ -162,7 +164,16 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
 
 
 def denoising_loss(
-    pred, noise, t, schedule, *, x0=None, x_t=None, prediction_type="epsilon", weighting="uniform", reduction="mean"
+    pred,
+    noise,
+    t,
+    schedule,
+    *,
+    x0=None,
+    x_t=None,
+    prediction_type="epsilon",
+    weighting="uniform",
+    reduction="mean",
 ):
     """Return the weighted squared error of a prediction, with the true gradient.
 
@@ -179,7 +190,8 @@ def denoising_loss(
     Returns: L, fp32 (float64 for float64 inputs). Differentiable in pred, x0, x_t and a noise tensor, not in w.
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic; each gradient is rounded once, to its tensor's dtype. Zero residual gives exactly zero.
-    Cost: forward reads pred; backward reads pred and writes its gradient; plus the tensors given. eps of a `Noise` costs nothing.
+    Cost: forward reads pred; backward reads pred and writes its gradient; plus the tensors given. eps of a `Noise` costs
+        nothing.
     Source: Ho et al. 2020, equation 14; Salimans and Ho 2022 (v).
     """
     _sample(pred, "pred")
@@ -187,7 +199,9 @@ def denoising_loss(
     y, from_x0 = None, x0 is not None
     if prediction_type != "epsilon":
         if (x0 is None) == (x_t is None):
-            raise ValueError(f"x0, x_t: give one of them: the target of {prediction_type!r} is not a function of noise alone")
+            raise ValueError(
+                f"x0, x_t: give one of them: the target of {prediction_type!r} is not a function of noise alone"
+            )
         y = x0 if from_x0 else x_t
         _matching(y, pred, "x0" if from_x0 else "x_t")
     if noise is None:
@@ -338,7 +352,9 @@ def _split(noise, x, name):
     if len(noise) != x.shape[0]:
         raise ValueError(f"{name}: {len(noise)} sample_ids for a batch of {x.shape[0]}")
     if noise.sample_ids.device != x.device:
-        raise ValueError(f"{name}: stream on {noise.sample_ids.device}, samples on {x.device}; use noise.to({str(x.device)!r})")
+        raise ValueError(
+            f"{name}: stream on {noise.sample_ids.device}, samples on {x.device}; use noise.to({str(x.device)!r})"
+        )
     return None, noise.seed, _savable(noise.draw), _savable(noise.sample_ids)
 
 

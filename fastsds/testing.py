@@ -1,5 +1,7 @@
 """What tests and benchmarks share: the one tolerance table, the twice-eager rule, canonical shapes and samples."""
 
+import contextlib
+
 import torch
 
 # dtype -> (rtol, atol)
@@ -62,26 +64,47 @@ def devices():
     return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, missing])]
 
 
-def compile_for(kernel, arch, signature, constants):
-    """Compile a jit kernel for a CUDA architecture without a GPU; returns Triton's compiled kernel (`.asm["ptx"]`, ...).
+class _NoGPU:
+    """Stands in for Triton's driver: enough to bind arguments and compile, nothing to run on."""
 
-    Every pointer is taken as 16-byte aligned, as torch allocates. `signature`: argument -> Triton type (a tuple of them for
-    a tuple argument); `constants`: argument -> value.
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextlib.contextmanager
+def compile_only(arch):
+    """Inside, a launcher compiles its kernel for the CUDA architecture instead of running it; no GPU is needed.
+
+    The kernel is bound with the launcher's own arguments, so what the compiler knows (alignment, small integers, the type
+    of a seed) is what it will know on a GPU. Yields the list of Triton's compiled kernels, filled as launchers are called.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from unittest import mock
 
-    types, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            types[name], constexprs[(i,)] = "constexpr", constants[name]
-            continue
-        types[name] = signature[name]
-        if str(signature[name]).startswith("*"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, types, constexprs, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4, enable_fp_fusion=False))
+    import triton
+
+    from fastsds.kernels import launch
+
+    kernels = []
+
+    def compile_kernel(kernel, programs, *args, block, **constants):
+        kernels.append(kernel.warmup(*args, grid=(programs,), **launch.options(block), **constants))
+
+    with (
+        mock.patch.object(launch, "launch", compile_kernel),
+        mock.patch.object(triton.runtime.driver, "_active", _NoGPU(arch)),
+    ):
+        yield kernels
 
 
 def assert_clean(compiled, loads, stores):

@@ -15,8 +15,8 @@ import triton
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_INNER = 4  # separately strided axes within a sample
-BLOCK = 1024  # elements a program; eight an fp32 thread. By arithmetic (two 16-byte loads in flight), not yet measured.
-NUM_WARPS = 4
+BLOCK = 1024  # elements a program, at most: four warps. By arithmetic, not yet measured on a GPU
+PER_WARP = 256  # elements a warp: eight a thread, one 16-byte access in half precision, two in fp32
 
 launches = collections.Counter()  # kernel name -> launches in this process; tests read it
 
@@ -30,23 +30,25 @@ def define(name, launcher, reference, fake, schema=None):
     return op
 
 
-def launch(kernel, programs, *args, block, **constants):
-    """Run `kernel` on a 1-D grid: the current device is the first tensor's, and multiplies are never fused with adds.
+def options(block):
+    """How every kernel is compiled. Multiplies are never fused with adds: the same bits on every device."""
+    return dict(BLOCK=block, num_warps=max(1, block // PER_WARP), enable_fp_fusion=False)
 
-    Without fusion every device computes the same bits, and the noise inside a loss is the noise that was added.
-    """
+
+def launch(kernel, programs, *args, block, **constants):
+    """Run `kernel` on a 1-D grid, on the device of its first tensor."""
     if programs == 0:
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     launches[kernel.fn.__name__] += 1
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=False, **constants)
+        kernel[(programs,)](*args, **options(block), **constants)
 
 
 def block_size(n):
     """A power of two that covers a small sample in one program and never exceeds BLOCK."""
-    return max(128, min(BLOCK, triton.next_power_of_2(n)))
+    return max(PER_WARP, min(BLOCK, triton.next_power_of_2(n)))
 
 
 def output_dtype(dtype):

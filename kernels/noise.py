@@ -67,7 +67,13 @@ def _scale_rows_kernel(
 
 
 def _add_noise_cuda(
-    x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
+    x0: Tensor,
+    eps: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    seed: int,
+    draw: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor:
     if reference.compute_dtype(x0, eps) == torch.float64:
         return _add_noise_cpu(x0, eps, alpha, sigma, seed, draw, ids)
@@ -86,7 +92,13 @@ def _add_noise_cuda(
 
 
 def _add_noise_cpu(
-    x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
+    x0: Tensor,
+    eps: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    seed: int,
+    draw: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor:
     out = reference.add_noise(x0, reference.resolve_noise(x0, eps, draw, ids, seed), alpha, sigma)
     return torch.empty_like(x0).copy_(out)
@@ -112,7 +124,10 @@ def _scale_rows_cpu(x: Tensor, scale: Tensor) -> Tensor:
 
 
 add_noise = launch.define(
-    "add_noise", _add_noise_cuda, _add_noise_cpu, lambda x0, eps, alpha, sigma, seed, draw, ids: torch.empty_like(x0)
+    "add_noise",
+    _add_noise_cuda,
+    _add_noise_cpu,
+    lambda x0, eps, alpha, sigma, seed, draw, ids: torch.empty_like(x0),
 )
 scale_rows = launch.define("scale_rows", _scale_rows_cuda, _scale_rows_cpu, lambda x, scale: torch.empty_like(x))
 

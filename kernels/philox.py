@@ -5,10 +5,11 @@
     eps   = (r cos 2 pi u1, r sin 2 pi u1),  r = sqrt(-2 log u0)                     for words (0, 1) and (2, 3)
 
 So eps depends on (seed, draw, sample id, element) alone. All arithmetic is 32-bit integer or correctly rounded fp32 without
-fused multiply-add: logarithm, sine and cosine are short polynomials after an exact reduction (integer quarter turns). There is
-no slow path, no fp64, and the same bits come out on every device and in `fastsds/reference.py`.
+fused multiply-add: logarithm, sine and cosine are short polynomials after an exact reduction (integer quarter turns). There
+is no slow path, no fp64, and the same bits come out on every device and in `fastsds/reference.py`.
 
-Kernels here: the words and the normals themselves, [B, n] from ids [B]. Bytes written: 8 a word, 4 a normal; read: 16 a sample.
+Kernels here: the words and the normals themselves, [B, n] from ids [B]. Bytes written: 8 a word, 4 a normal; read: 16 a
+    sample.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
 """
 

@@ -5,8 +5,8 @@
     sds_energy       = 1/2 sum_b k_b sum_i r_bi^2                          dx0 = k r, and nothing else: injected
 
 Shapes: pred, y (optional), eps [B, ...] of any strides. eps is a tensor or the stream (seed, draw, ids), regenerated in
-registers in forward and in backward and never stored. Backward recomputes r from what already exists instead of saving it: one
-rounding, upstream gradient included, and no buffer between the two. Arithmetic fp32; partial sums in a fixed order.
+registers in forward and in backward and never stored. Backward recomputes r from what already exists instead of saving it:
+one rounding, upstream gradient included, and no buffer between the two. Arithmetic fp32; partial sums in a fixed order.
 Bytes an element, by seed, without y: forward s_pred; backward s_pred + s_x0. A tensor y or eps adds its own bytes to both.
 """
 
@@ -86,7 +86,17 @@ def _arguments(pred, y, eps, factors, seed, draw, layout):
     block = launch.block_size(layout.n)
     blocks = triton.cdiv(layout.n, block)
     draw_stride = 0 if draw is None or len(draw) == 1 else 1
-    scalars = (seed, draw_stride, len(pred), blocks, layout.n // layout.unit, layout.sizes, s_pred, s_y, s_eps)
+    scalars = (
+        seed,
+        draw_stride,
+        len(pred),
+        blocks,
+        layout.n // layout.unit,
+        layout.sizes,
+        s_pred,
+        s_y,
+        s_eps,
+    )
     constants = dict(UNIT=layout.unit, CONTIGUOUS=layout.contiguous, HAS_Y=y is not None, SEEDED=eps is None, block=block)
     return len(pred) * blocks, scalars, constants, rest
 
@@ -96,9 +106,7 @@ def _present(*tensors):
 
 
 def _energy(pred, y, eps, factors, seed, draw, ids):
-    programs, scalars, constants, _ = _arguments(
-        pred, y, eps, factors, seed, draw, launch.Layout(*_present(pred, y, eps))
-    )
+    programs, scalars, constants, _ = _arguments(pred, y, eps, factors, seed, draw, launch.Layout(*_present(pred, y, eps)))
     partial = torch.empty(programs, dtype=torch.float32, device=pred.device)
     tensors = (pred, y, eps, factors, draw, ids, partial)
     launch.launch(_energy_kernel, programs, *tensors, *scalars, **constants)
@@ -106,7 +114,13 @@ def _energy(pred, y, eps, factors, seed, draw, ids):
 
 
 def _denoising_cuda(
-    pred: Tensor, y: Tensor | None, eps: Tensor | None, factors: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
+    pred: Tensor,
+    y: Tensor | None,
+    eps: Tensor | None,
+    factors: Tensor,
+    seed: int,
+    draw: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor:
     if factors.dtype == torch.float64:
         return _denoising_cpu(pred, y, eps, factors, seed, draw, ids)
@@ -114,7 +128,13 @@ def _denoising_cuda(
 
 
 def _denoising_cpu(
-    pred: Tensor, y: Tensor | None, eps: Tensor | None, factors: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
+    pred: Tensor,
+    y: Tensor | None,
+    eps: Tensor | None,
+    factors: Tensor,
+    seed: int,
+    draw: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor:
     return reference.energy(pred, y, reference.resolve_noise(pred, eps, draw, ids, seed), factors)
 
@@ -196,9 +216,7 @@ def _denoising_backward(ctx, upstream):
     for i, (v, row, sign) in enumerate(((pred, 0, 2), (y, 1, 2), (eps, 2, -2))):
         if ctx.needs_input_grad[i]:
             scaled = torch.cat([factors[:3], (sign * factors[3] * factors[row])[None]])
-            grads[i] = residual_gradient(
-                pred, y, eps, scaled, ctx.seed, draw, ids, upstream, v.dtype, is_channels_last(v)
-            )
+            grads[i] = residual_gradient(pred, y, eps, scaled, ctx.seed, draw, ids, upstream, v.dtype, is_channels_last(v))
     return tuple(grads)
 
 

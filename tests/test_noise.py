@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastsds import ops, reference, testing
-from fastsds.kernels import launch, noise as noise_kernels
+from fastsds.kernels import launch
+from fastsds.kernels import noise as noise_kernels
 
 ABAR = testing.alphas_cumprod()
 only_compiled = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
@@ -193,35 +194,32 @@ def test_opcheck(device):
     torch.library.opcheck(noise_kernels.scale_rows, (x, alpha))
 
 
-SIGNATURE = dict(
-    alpha_ptr="*fp32", sigma_ptr="*fp32", scale_ptr="*fp32", draw_ptr="*i64", id_ptr="*i64", seed="i64", draw_stride="i32",
-    blocks="i32", units="i32", sizes=("i32",) * 4, x_strides=("i32",) * 5, eps_strides=("i32",) * 5, out_strides=("i32",) * 5,
-)  # fmt: skip
+@only_compiled
+@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_compiles_clean(dtype, arch):
+    """216 elements are no multiple of 16, yet a sample's bytes divide by 16: that must be enough for 16-byte accesses."""
+    x, rows = torch.zeros(3, 6, 6, 6, dtype=dtype), torch.ones(3)
+    noise = stream(3)
+    with testing.compile_only(arch) as kernels:
+        noise_kernels._add_noise_cuda(x, None, rows, rows, 1, noise.draw, noise.sample_ids)
+        noise_kernels._scale_rows_cuda(x, rows)
+        noise_kernels._add_noise_cuda(x, x, rows, rows, 0, None, None)
+    wide = 2 if dtype == torch.float32 else 1  # accesses a tensor, at eight elements a thread
+    for kernel, inputs in zip(kernels, (1, 1, 2), strict=True):
+        testing.assert_clean(kernel, loads=wide * inputs, stores=wide)
 
 
 @only_compiled
-@pytest.mark.parametrize("arch", (80, 90))
-@pytest.mark.parametrize("dtype, unit", (("fp32", 4), ("fp16", 8), ("bf16", 8)))
-@pytest.mark.parametrize("seeded", (True, False))
-def test_add_noise_compiles_clean(seeded, dtype, unit, arch):
-    """`unit` elements are 16 bytes: the smallest row alignment that must give 16-byte accesses."""
-    signature = SIGNATURE | dict(x_ptr=f"*{dtype}", eps_ptr=f"*{dtype}", out_ptr=f"*{dtype}")
-    for contiguous in (True, False):
-        absent = dict(eps_ptr=None) if seeded else dict(draw_ptr=None, id_ptr=None)
-        constants = dict(UNIT=unit if contiguous else 1, CONTIGUOUS=contiguous, SEEDED=seeded, BLOCK=1024, **absent)
-        compiled = testing.compile_for(noise_kernels._add_noise_kernel, arch, signature, constants)
-        wide = 1024 // (128 * unit) if contiguous else 0
-        testing.assert_clean(compiled, loads=wide if seeded else 2 * wide, stores=wide)
-
-
-@only_compiled
-@pytest.mark.parametrize("arch", (80, 90))
-@pytest.mark.parametrize("dtype, unit", (("fp32", 4), ("bf16", 8)))
-def test_scale_rows_compiles_clean(dtype, unit, arch):
-    signature = SIGNATURE | dict(x_ptr=f"*{dtype}", out_ptr=f"*{dtype}")
-    constants = dict(UNIT=unit, CONTIGUOUS=True, BLOCK=1024)
-    compiled = testing.compile_for(noise_kernels._scale_rows_kernel, arch, signature, constants)
-    testing.assert_clean(compiled, loads=1024 // (128 * unit), stores=1024 // (128 * unit))
+def test_views_compile_clean():
+    """Strided views, and storage that is not aligned: no wide accesses, and still no local memory."""
+    wide, rows, noise = torch.zeros(2, 4, 8, 9), torch.ones(2), stream(2)
+    unaligned = torch.zeros(2 * 4 * 8 * 8 + 1)[1:].view(2, 4, 8, 8)
+    with testing.compile_only(90) as kernels:
+        for x in (wide[..., ::2], testing.arrange(wide, "channels_last"), wide[:, 1:], unaligned):
+            noise_kernels._add_noise_cuda(x, None, rows, rows, 1, noise.draw, noise.sample_ids)
+    for kernel in kernels:
+        testing.assert_clean(kernel, loads=0, stores=0)
 
 
 def test_bytes_moved():

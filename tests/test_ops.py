@@ -62,7 +62,8 @@ def on_device(v):
 
 
 @pytest.mark.skipif(
-    not (launch.INTERPRETED or torch.cuda.is_available()), reason="runs in test_kernels_in_the_interpreter's session"
+    not (launch.INTERPRETED or torch.cuda.is_available()),
+    reason="runs in test_kernels_in_the_interpreter's session",
 )
 @pytest.mark.parametrize(
     "call, expected",
@@ -71,7 +72,10 @@ def on_device(v):
         (lambda n, x, t, a: n.words(5), {"_words_kernel": 1}),
         (lambda n, x, t, a: n.uniform(5), {"_words_kernel": 1}),
         (lambda n, x, t, a: n.randint(0, 5), {"_words_kernel": 1}),
-        (lambda n, x, t, a: ops.add_noise(x, t, a, n)[0].sum().backward(), {"_add_noise_kernel": 1, "_scale_rows_kernel": 1}),
+        (
+            lambda n, x, t, a: ops.add_noise(x, t, a, n)[0].sum().backward(),
+            {"_add_noise_kernel": 1, "_scale_rows_kernel": 1},
+        ),
         (lambda n, x, t, a: ops.add_noise(x, t, a), {"_add_noise_kernel": 1}),
         (
             lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a).backward(),
@@ -99,7 +103,19 @@ def test_every_op_launches_its_kernel(call, expected):
 def test_kernels_in_the_interpreter(python, root):
     """The kernels' tests once more, in a process where the CPU runs the Triton kernels themselves."""
     files = [root / "tests" / name for name in KERNEL_TESTS]
-    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, env={"TRITON_INTERPRET": "1"})
+    done = python(
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *files,
+        env={"TRITON_INTERPRET": "1"},
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed > 150, done.stdout[-500:]
@@ -110,7 +126,14 @@ def test_unknown_devices_are_refused():
     x = torch.empty(2, 4, device="meta")
     noise = ops.Noise(0, 0, torch.arange(2)).to("meta")
     assert ops.add_noise(x, 5, ABAR, noise)[0].device.type == "meta"
-    for name in ("add_noise", "scale_rows", "denoising_energy", "sds_energy", "residual_gradient", "philox_words"):
+    for name in (
+        "add_noise",
+        "scale_rows",
+        "denoising_energy",
+        "sds_energy",
+        "residual_gradient",
+        "philox_words",
+    ):
         kernels = torch._C._dispatch_dump(f"fastsds::{name}")
         assert re.search(r"^CPU:", kernels, re.M) and re.search(r"^CUDA:", kernels, re.M)
         assert not re.search(r"^CompositeExplicitAutograd:", kernels, re.M)

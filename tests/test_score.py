@@ -120,7 +120,10 @@ def test_denoising_against_float64(shape, layout, dtype, seeded, device):
     leaf = testing.arrange(pred, layout).requires_grad_()
     loss = ops.denoising_loss(leaf, noise, t, ABAR.to(device), weighting="inverse_snr_root")
     tail = (None, t, "epsilon", "inverse_snr_root", "mean")
-    oracle, theirs = eager_denoising(pred.double(), eps.double(), *tail), eager_denoising(pred, eps.to(dtype), *tail)
+    oracle, theirs = (
+        eager_denoising(pred.double(), eps.double(), *tail),
+        eager_denoising(pred, eps.to(dtype), *tail),
+    )
     testing.assert_twice_eager(loss, theirs, oracle, dtype, "value")
     (0.7 * ops.denoising_loss(leaf, noise, t, ABAR.to(device), reduction="sum")).backward()
     oracle = 1.4 * (pred.double() - eps.double())
@@ -250,7 +253,7 @@ def test_linear_in_the_weight_and_in_the_upstream_gradient():
 
 
 def test_half_precision_gradient_survives():
-    """At |x| about 3 and |g| about 1e-3 the detached-target trick zeroes most of the gradient in bf16; injection, nothing."""
+    """At |x| about 3 and |g| about 1e-3 the detached-target trick zeroes most of the gradient in bf16; injection none."""
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(2, 4, 32, 32, generator=generator).sign().to(torch.bfloat16)
     pred, eps = (torch.randn(x.shape, generator=generator).to(torch.bfloat16) for _ in range(2))
@@ -353,38 +356,34 @@ def test_opcheck(device):
     torch.library.opcheck(score.residual_gradient, (pred, None, *by_seed, one, torch.bfloat16, True))
 
 
-SIGNATURE = dict(
-    factors_ptr="*fp32", scale_ptr="*fp32", draw_ptr="*i64", id_ptr="*i64", seed="i64", draw_stride="i32", batch="i32",
-    blocks="i32", units="i32", sizes=("i32",) * 4, pred_strides=("i32",) * 5, y_strides=("i32",) * 5,
-    eps_strides=("i32",) * 5, out_strides=("i32",) * 5,
-)  # fmt: skip
-
-
 @only_compiled
 @pytest.mark.parametrize("arch", (80, 90))
-@pytest.mark.parametrize("dtype, unit", (("fp32", 4), ("fp16", 8), ("bf16", 8)))
-@pytest.mark.parametrize("seeded, has_y", ((True, False), (True, True), (False, True)))
-def test_compiles_clean(seeded, has_y, dtype, unit, arch):
-    """`unit` elements are 16 bytes: the smallest row alignment that must give 16-byte accesses."""
-    signature = SIGNATURE | dict(pred_ptr=f"*{dtype}", y_ptr=f"*{dtype}", eps_ptr=f"*{dtype}")
-    constants = dict(UNIT=unit, CONTIGUOUS=True, HAS_Y=has_y, SEEDED=seeded, BLOCK=1024)
-    constants |= dict(eps_ptr=None) if seeded else dict(draw_ptr=None, id_ptr=None)
-    constants |= {} if has_y else dict(y_ptr=None)
-    wide = 1024 // (128 * unit)
-    loads = wide * (1 + has_y + (not seeded))
-    compiled = testing.compile_for(score._energy_kernel, arch, signature | dict(out_ptr="*fp32"), constants)
-    testing.assert_clean(compiled, loads=loads, stores=0)
-    signature |= dict(out_ptr=f"*{dtype}")
-    compiled = testing.compile_for(score._residual_gradient_kernel, arch, signature, constants)
-    testing.assert_clean(compiled, loads=loads, stores=wide)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_compiles_clean(dtype, arch):
+    """216 elements are no multiple of 16, yet a sample's bytes divide by 16: that must be enough for 16-byte accesses."""
+    x, rows, one = torch.zeros(3, 6, 6, 6, dtype=dtype), torch.ones(4, 3), torch.ones(())
+    noise = stream(3)
+    by_seed, by_tensor = (None, rows, 1, noise.draw, noise.sample_ids), (x, rows, 0, None, None)
+    with testing.compile_only(arch) as kernels:
+        score._denoising_cuda(x, None, *by_seed)
+        score._denoising_cuda(x, x, *by_tensor)
+        score._gradient_cuda(x, None, *by_seed, one, dtype, False)
+        score._gradient_cuda(x, x, *by_seed, one, dtype, False)
+        score._gradient_cuda(x, x, *by_tensor, one, dtype, False)
+    wide = 2 if dtype == torch.float32 else 1  # accesses a tensor, at eight elements a thread
+    for kernel, inputs, outputs in zip(kernels, (1, 3, 1, 2, 3), (0, 0, 1, 1, 1), strict=True):
+        testing.assert_clean(kernel, loads=wide * inputs, stores=wide * outputs)
 
 
 @only_compiled
-def test_strided_kernel_compiles_clean():
-    signature = SIGNATURE | dict(pred_ptr="*bf16", out_ptr="*fp32")
-    constants = dict(UNIT=1, CONTIGUOUS=False, HAS_Y=False, SEEDED=True, BLOCK=1024, y_ptr=None, eps_ptr=None)
-    compiled = testing.compile_for(score._residual_gradient_kernel, 90, signature, constants)
-    testing.assert_clean(compiled, loads=0, stores=0)
+def test_views_compile_clean():
+    x, rows, noise = torch.zeros(2, 4, 8, 9), torch.ones(4, 2), stream(2)
+    stream_of = (None, rows, 1, noise.draw, noise.sample_ids)
+    with testing.compile_only(90) as kernels:
+        score._denoising_cuda(x[..., ::2], None, *stream_of)
+        score._gradient_cuda(testing.arrange(x, "channels_last"), x, *stream_of, torch.ones(()), torch.bfloat16, True)
+    for kernel in kernels:
+        testing.assert_clean(kernel, loads=0, stores=0)
 
 
 def test_bytes_moved():
