@@ -65,14 +65,15 @@ class Job:
         """What the progress line says of it: a trainer's last row, or the last line of the log."""
         if self.measuring is not None:
             return f"{self.name}: evaluating"
-        row = last_row(self.folder / "run" / "metrics.jsonl", "train")
-        if row is None:
+        rows = last_rows(self.folder / "run" / "metrics.jsonl", "train")
+        if not rows:
             line = tail(self.log, 1)
-            return f"{self.name}: {line[-60:].strip() if 'step' in line else 'starting'}"
+            return f"{self.name}: {line[:60].strip() if 'step' in line else 'starting'}"
+        row, first = rows[-1], rows[0] if len(rows) > 1 else {"step": 0, "seconds": 0.0}
         total = [int(a.removeprefix("steps=")) for a in self.argv if a.startswith("steps=")][-1:]
+        left = [(n - row["step"]) * (row["seconds"] - first["seconds"]) / (row["step"] - first["step"]) for n in total]
         of = f"/{total[0]}" if total else ""
-        clocked = f", left {clock((total[0] / row['step'] - 1) * row['seconds'])}" if total else ""
-        return f"{self.name}: step {row['step']}{of}, loss {row['loss']:.3f}{clocked}"
+        return f"{self.name}: step {row['step']}{of}, loss {row['loss']:.3f}" + "".join(f", left {clock(x)}" for x in left)
 
 
 def run(jobs: list[Job], slots: int = SLOTS, fresh: bool = False) -> None:
@@ -216,22 +217,21 @@ class Line:
             self.width = 0
 
 
-def last_row(path: Path, split: str) -> dict | None:
-    """The last complete row of a split in a metrics file, from its last 64 KiB."""
+def last_rows(path: Path, split: str) -> list[dict]:
+    """The complete rows of a split in the last 64 KiB of a metrics file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 65536))
             lines = file.read().split(b"\n")[:-1]
     except OSError:
-        return None
-    for text in reversed(lines):
+        return []
+    rows = []
+    for text in lines:
         try:
-            row = json.loads(text)
-        except ValueError:
+            rows.append(json.loads(text))
+        except ValueError:  # the first one may be cut
             continue
-        if row.get("split") == split:
-            return row
-    return None
+    return [row for row in rows if row.get("split") == split]
 
 
 def tail(path: Path, lines: int) -> str:

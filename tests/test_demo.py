@@ -244,7 +244,8 @@ def test_progress_names_steps_loss_and_time_left(tmp_path):
     job.argv = ["python", "--set", "steps=400"]
     assert job.status() == "arm: starting"
     (tmp_path / "arm" / "run").mkdir(parents=True)
-    rows = [{"split": "eval", "step": 0}, {"split": "train", "step": 100, "loss": 2.5, "seconds": 20.0}, {"split": "eval"}]
+    row = {"split": "train", "step": 100, "loss": 2.5, "seconds": 40.0}
+    rows = [{"split": "eval", "step": 0}, row | {"step": 50, "seconds": 30.0}, row, {"split": "eval"}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"split": "train", "st'
     (tmp_path / "arm" / "run" / "metrics.jsonl").write_text(text)
     assert job.status() == "arm: step 100/400, loss 2.500, left 1:00"
