@@ -7,8 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
-# The first Python 3.11 or 3.12 with venv. Another one: make PYTHON=/path/to/python3.12
-PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+# The first Python 3.11 or 3.12 with venv, until .venv has its own. Another one: make PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for p in $(PY) python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
 

@@ -264,7 +264,7 @@ def tools(tmp_path):
             (folder / name).unlink()
         # pytest may itself run under make: forget that
         env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-        return subprocess.run([shutil.which("make"), "--no-print-directory", *arguments], cwd=root,
+        return subprocess.run([shutil.which("make"), "--no-print-directory", "VENV=none", *arguments], cwd=root,
                               env={**env, "PATH": str(folder)}, capture_output=True, text=True, timeout=60)
     return make
 
