@@ -22,6 +22,7 @@ import torch
 
 import fastsds
 from fastsds.config import ConfigError, Recipe, as_dict
+from fastsds.sharding import MOMENTS
 from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
 
 FORMAT = 1
@@ -110,21 +111,16 @@ def find(resume: str, output: Path) -> Path:
 
 def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
     """Read a checkpoint. Raises: ConfigError that names the file, or the recipe key that differs."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     meta = read_meta(path)
     _same_recipe(path, meta["recipe"], as_dict(recipe))
     if samples is not None and samples != meta["samples"]:
         raise ConfigError(f"--resume {path}: data.source has {samples} samples, the checkpoint saw {meta['samples']}")
-    try:
-        clip = load_file(path / "student" / WEIGHTS_FILE)
-        weights = {f"clip.{k}": v for k, v in clip.items()}
-        if (path / "student" / HEAD_FILE).is_file():
-            weights |= {f"head.{k}": v for k, v in load_file(path / "student" / HEAD_FILE).items()}
-        rest = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--resume {path}: {str(error).splitlines()[0]}") from error
+    weights = {f"clip.{k}": v for k, v in _read(path / "student" / WEIGHTS_FILE).items()}
+    if (path / "student" / HEAD_FILE).is_file():
+        weights |= {f"head.{k}": v for k, v in _read(path / "student" / HEAD_FILE).items()}
+    rest = _read(path / "optimizer.safetensors")
+    if EXACT not in rest:
+        raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor {EXACT} is missing")
     weights[EXACT] = rest.pop(EXACT)
     own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
     return Saved(meta["step"], meta, path, weights, rest, own)
@@ -140,38 +136,54 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def put_weights(saved: Saved, student: Student) -> None:
+def put_weights(saved: Saved, student: Student, trained: list[str]) -> None:
     """Load the weights into a student that no engine holds yet. Raises: ConfigError that names the tensor."""
     target = student.state_dict()
-    if odd := sorted(set(target) ^ set(saved.weights)):
-        raise ConfigError(f"--resume {saved.path}: tensor {odd[0]} is not in both the student and the checkpoint")
+    slots = {f"{n}.{m}" for n in trained for m in MOMENTS} if saved.meta["recipe"]["optimizer"]["name"] == "adamw" else set()
+    for ours, theirs in ((target, saved.weights), (slots, saved.slots)):
+        if odd := sorted(set(ours) ^ set(theirs)):
+            where = "missing" if odd[0] in ours else "not this student's"
+            raise ConfigError(f"--resume {saved.path}: tensor {odd[0]} is {where}")
     for name, tensor in target.items():
-        if tensor.numel() != saved.weights[name].numel():
-            shapes = f"{tuple(saved.weights[name].shape)}, expected {tuple(tensor.shape)}"
-            raise ConfigError(f"--resume {saved.path}: tensor {name} has shape {shapes}")
-        saved.weights[name] = saved.weights[name].reshape(tensor.shape)
+        for key in (name, *(f"{name}.{m}" for m in MOMENTS if f"{name}.{m}" in slots)):
+            held = saved.weights if key == name else saved.slots
+            if tensor.numel() != held[key].numel():
+                shapes = f"{tuple(held[key].shape)}, expected {tuple(tensor.shape)}"
+                raise ConfigError(f"--resume {saved.path}: tensor {key} has shape {shapes}")
+            held[key] = held[key].reshape(tensor.shape)
     student.load_state_dict(saved.weights)
 
 
-def check_engine(saved: Saved, recipe: Recipe, stage: int | None, world_size: int) -> None:
-    """Raise ConfigError where 8-bit state would meet another stage or number of ranks."""
-    here = {"deepspeed": stage is not None, "stage": stage, "ranks": world_size}
-    if recipe.optimizer.name == "adamw8bit" and saved.meta["engine"] != here:
-        was = saved.meta["engine"]
+def check_engine(saved: Saved, recipe: Recipe, stage: int | None, rank: int, world_size: int) -> None:
+    """Raise ConfigError where 8-bit state would meet another stage or number of ranks, or is not there."""
+    if recipe.optimizer.name != "adamw8bit":
+        return
+    here, was = {"deepspeed": stage is not None, "stage": stage, "ranks": world_size}, saved.meta["engine"]
+    if was != here:
         raise ConfigError(
             f"--resume {saved.path}: 8-bit Adam's state fits only where it was made: {_show(was)}; this run is "
             f"{_show(here)}"
         )
+    if not (saved.path / f"rank_{rank}.safetensors").is_file():
+        raise ConfigError(f"--resume {saved.path}: rank_{rank}.safetensors is missing")
 
 
 def put_state(saved: Saved, engine, objective, recipe: Recipe) -> None:
     """Restore masters, moments and the recipe's state into a fresh engine. Collective."""
-    from safetensors.torch import load_file
-
     engine.load_moments(saved.step, saved.weights, saved.slots)
     if recipe.optimizer.name == "adamw8bit":
-        engine.load_raw_state(load_file(saved.path / f"rank_{engine.rank}.safetensors"))
+        engine.load_raw_state(_read(saved.path / f"rank_{engine.rank}.safetensors"))
     objective.load_state_dict({k: v.to(engine.device) for k, v in saved.recipe.items()})
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--resume {file}: {str(error).splitlines()[0]}") from error
 
 
 def versions() -> dict[str, str]:

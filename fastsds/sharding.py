@@ -32,6 +32,17 @@ def device() -> torch.device:
     return torch.device("cuda", ranks()[2]) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def stage_of(config: dict | None) -> int | None:
+    """The ZeRO stage that a DeepSpeed configuration asks for; None without one. Raises: ConfigError."""
+    if config is None:
+        return None
+    section = config.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else section
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ConfigError(f"DeepSpeed file: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    return stage
+
+
 def make_engine(student: torch.nn.Module, recipe: Recipe, deepspeed_config: dict | None = None) -> "TorchEngine":
     """Put a student under an engine. deepspeed_config: DeepSpeed's own JSON, or None for plain torch on one device.
 

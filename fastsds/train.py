@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = dataclasses.replace(recipe, output=args.output)
     sharded = config.load_deepspeed(args.config) if args.config else None
     config.check(recipe, world_size, sharded)
+    stage = sharding.stage_of(sharded)
     output, loss, data = Path(recipe.output), recipe.loss, recipe.data
     resume = checkpoint.find(args.resume, output) if args.resume else None
     if holds_a_run(output) and (resume is None or output.resolve() not in resume.resolve().parents):
@@ -101,14 +102,13 @@ def run(args: argparse.Namespace) -> int:
     objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head)
     saved = checkpoint.load(resume, recipe, len(source)) if resume else None
     if saved is not None:
-        stage = None if sharded is None else sharded.get("zero_optimization", {}).get("stage", 0)
-        checkpoint.check_engine(saved, recipe, stage, world_size)
-        checkpoint.put_weights(saved, student)
+        checkpoint.check_engine(saved, recipe, stage, rank, world_size)
+        checkpoint.put_weights(saved, student, trained)
     evaluate = make_evaluation(recipe, student)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
         if rank == 0:
-            print(describe(recipe, student, trained, teacher, source, world_size, sharded))
+            print(describe(recipe, student, trained, teacher, source, world_size, stage))
         return 0
     if saved is None and teacher is not None:
         head = recipe.head
@@ -264,11 +264,11 @@ def counts(student, trained: list[str]) -> str:
     return f"{sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters train"
 
 
-def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, sharded: dict | None) -> str:
+def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, stage: int | None) -> str:
     """What a dry run prints."""
     data, steps = recipe.data, recipe.steps
     frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
-    engine = "plain torch" if sharded is None else f"ZeRO {sharded.get('zero_optimization', {}).get('stage', 0)}"
+    engine = "plain torch" if stage is None else f"ZeRO {stage}"
     images = data.batch * data.accumulation
     return (
         f"{config.dump_recipe(recipe)}\n"

@@ -1,0 +1,138 @@
+"""A run that was stopped and resumed is the run that was not: the same losses, bit for bit, and the same files."""
+
+import os
+import signal
+
+import pytest
+import runs
+from safetensors.torch import load_file
+
+from fastsds import checkpoint
+from fastsds.metrics import Metrics
+
+WAYS = {
+    "sds": (),
+    "auto": ("loss.lambda=auto", "loss.sds_every=2"),
+    "full": ("loss.gradient=full", "loss.noised=false"),
+    "layernorm": ("student.tune=layernorm",),
+    "clip": ("loss.lambda=0",),
+    "bits": ("optimizer.name=adamw8bit",),
+    "bf16": ("precision=bf16",),
+    "ridge": ("head.init=ridge", "head.samples=64", "data.workers=1"),
+}
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return ["--recipe", str(runs.write_recipe(tmp_path_factory.mktemp("tiny")))]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """Uninterrupted runs, made when asked for."""
+    folder, made = tmp_path_factory.mktemp("whole"), {}
+
+    def get(way: str):
+        if way not in made:
+            made[way] = folder / way
+            assert runs.train(*arguments(base, way), "--output", made[way]) == 0
+        return made[way]
+
+    return get
+
+
+def arguments(base, way: str) -> list[str]:
+    return [*base, *runs.sets(f"steps={STEPS}", "checkpoint_every=0", "data.batch=16", *WAYS[way])]
+
+
+def stop_at(monkeypatch, step: int, number=signal.SIGTERM) -> None:
+    """Send this process a signal while it is in the given step."""
+    train = Metrics.train
+
+    def spy(self, done, *args, **kwargs):
+        train(self, done, *args, **kwargs)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Metrics, "train", spy)
+
+
+def same_files(a, b) -> None:
+    for file in ("student/open_clip_model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors"):
+        ours, theirs = load_file(a / file), load_file(b / file)
+        assert set(ours) == set(theirs)
+        assert all(ours[key].equal(theirs[key]) for key in ours), file
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_is_uninterrupted_bit_for_bit(base, whole, tmp_path, monkeypatch, way):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert runs.train(*arguments(base, way), "--output", run) == 130
+    assert checkpoint.steps(run) == [4] and not (run / "student").exists()
+    assert runs.train(*arguments(base, way), "--output", run, "--resume", "latest") == 0
+    for key in ("loss", "clip", "lr"):
+        assert runs.losses(run, key) == runs.losses(whole(way), key)
+    same_files(run, whole(way))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_step_can_be_the_last(base, whole, tmp_path, monkeypatch, number, capfd):
+    """Stopped after each step in turn, the run ends all the same."""
+    run, resume = tmp_path / "run", []
+    for step in range(1, STEPS):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            assert runs.train(*arguments(base, "auto"), "--output", run, *resume) == 130
+        resume = ["--resume", "latest"]
+    assert "stopped after step 8" in capfd.readouterr().err
+    assert runs.train(*arguments(base, "auto"), "--output", run, *resume) == 0
+    assert runs.losses(run) == runs.losses(whole("auto"))
+    same_files(run, whole("auto"))
+
+
+def test_rows_after_the_checkpoint_are_dropped(base, whole, tmp_path):
+    """A run that was killed has logged steps that its checkpoint does not know, and half a line."""
+    run = tmp_path / "run"
+    argv = [*base, *runs.sets(f"steps={STEPS}", "checkpoint_every=5", "data.batch=16")]
+    assert runs.train(*argv, "--output", run) == 0
+    (checkpoint.path_of(run, STEPS) / "state.json").unlink()
+    checkpoint.path_of(run, STEPS).rename(run / "checkpoints" / ".partial_step_00000009")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"split": "train", "step": 10, "lo')
+    assert runs.train(*argv, "--output", run, "--resume", "latest") == 0
+    assert [row["step"] for row in runs.rows(run)] == list(range(1, STEPS + 1))
+    assert runs.losses(run) == runs.losses(whole("sds"))
+
+
+def test_a_finished_run_has_nothing_to_do(base, whole, capfd):
+    run = whole("sds")
+    before = (run / "metrics.jsonl").read_text()
+    assert runs.train(*arguments(base, "sds"), "--output", run, "--resume", "latest") == 0
+    assert (run / "metrics.jsonl").read_text() == before
+    assert f"steps {STEPS} to {STEPS}" in capfd.readouterr().err
+
+
+def test_a_checkpoint_by_its_path_into_another_folder(base, whole, tmp_path):
+    argv = [*base, *runs.sets(f"steps={STEPS}", "checkpoint_every=3", "data.batch=16")]
+    assert runs.train(*argv, "--output", tmp_path / "first") == 0
+    path = runs.at(tmp_path / "first", 6)
+    assert runs.train(*argv, "--output", tmp_path / "second", "--resume", path) == 0
+    assert runs.losses(tmp_path / "second") == runs.losses(whole("sds"))[6:]
+    assert runs.train(*argv, "--output", tmp_path / "second", "--resume", path) == 2  # it holds a run of its own
+
+
+def test_evaluations_are_those_of_the_uninterrupted_run(tmp_path, monkeypatch):
+    """In the embedded world: an evaluation due at the stop is there once."""
+    argv = runs.sets("steps=4", "data.batch=4", "log_every=1", "eval.every=2", "eval.items=3")
+    assert runs.train(*argv, "--output", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert runs.train(*argv, "--output", tmp_path / "run") == 130
+    assert runs.train(*argv, "--output", tmp_path / "run", "--resume", "latest") == 0
+    assert runs.rows(tmp_path / "run", "eval") == runs.rows(tmp_path / "whole", "eval")
+    for step in (0, 2, 4):
+        ours, theirs = (tmp_path / name / f"items_{step}.jsonl" for name in ("run", "whole"))
+        assert ours.read_text() == theirs.read_text()
