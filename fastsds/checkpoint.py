@@ -80,6 +80,7 @@ def save(output: Path, step: int, engine, student: Student, recipe: Recipe, obje
         meta = {
             "format": FORMAT,
             "step": step,
+            "updates": engine.updates(),
             "samples": samples,
             "engine": {"deepspeed": engine.stage is not None, "stage": engine.stage, "ranks": engine.world_size},
             "recipe": as_dict(recipe),
@@ -170,7 +171,7 @@ def check_engine(saved: Saved, recipe: Recipe, stage: int | None, rank: int, wor
 
 def put_state(saved: Saved, engine, objective, recipe: Recipe) -> None:
     """Restore masters, moments and the recipe's state into a fresh engine. Collective."""
-    engine.load_moments(saved.step, saved.weights, saved.slots)
+    engine.load_moments(saved.meta["updates"], saved.weights, saved.slots)
     if recipe.optimizer.name == "adamw8bit":
         engine.load_raw_state(_read(saved.path / f"rank_{engine.rank}.safetensors"))
     objective.load_state_dict({k: v.to(engine.device) for k, v in saved.recipe.items()})

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, per-item outcomes, and one status line."""
+"""What a run tells about itself: metrics.jsonl, per-item outcomes, one status line, and what a dry run prints."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from fastsds.config import Recipe, dump_recipe
 
 EVERY_SECONDS = 5.0  # between status lines where the output is no terminal
 
@@ -77,6 +79,28 @@ class Metrics:
                 print(file=sys.stderr)
                 self.width = 0
             print(text, file=sys.stderr, flush=True)
+
+
+def counts(student, trained: list[str]) -> str:
+    sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
+    return f"{sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters train"
+
+
+def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, stage: int | None) -> str:
+    """What a dry run prints."""
+    data, steps = recipe.data, recipe.steps
+    frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
+    engine = "plain torch" if stage is None else f"ZeRO {stage}"
+    images = data.batch * data.accumulation
+    return (
+        f"{dump_recipe(recipe)}\n"
+        f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
+        f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
+        f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
+        f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"
+        f"{steps} steps = {images * steps:,} images = {images * steps / len(source):.2f} epochs of {len(source):,}\n"
+        f"dry run: nothing was written"
+    )
 
 
 def read(path: Path) -> list[dict]:

@@ -28,8 +28,13 @@ def ranks() -> tuple[int, int, int]:
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    return torch.device("cuda", ranks()[2]) if torch.cuda.is_available() else torch.device("cpu")
+    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu says so."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = ranks()[2]
+    if local >= torch.cuda.device_count():
+        raise ConfigError(f"rank {local} of this machine needs GPU {local}, and it has {torch.cuda.device_count()}")
+    return torch.device("cuda", local)
 
 
 def stage_of(config: dict | None) -> int | None:
@@ -127,12 +132,17 @@ class TorchEngine:
             return {}, {}
         return {n: t.detach().to("cpu", copy=True) for n, t in weights.items()}, slots
 
-    def load_moments(self, step: int, weights: dict[str, torch.Tensor], slots: dict[str, torch.Tensor]) -> None:
-        """Put back what `state` gave after `step` optimizer steps. Every rank passes the same whole tensors."""
+    def updates(self) -> int:
+        """How many times the optimizer has stepped: the steps of the run, less those that bf16 overflow skipped."""
+        tensors = self._tensors()
+        return int(self.inner.state.get(tensors[0], {}).get("step", 0)) if tensors else 0
+
+    def load_moments(self, updates: int, weights: dict[str, torch.Tensor], slots: dict[str, torch.Tensor]) -> None:
+        """Put back what `state` gave after so many updates. Every rank passes the same whole tensors."""
         if slots:
             for tensor in self._tensors():
                 self.inner.state[tensor] = {
-                    "step": torch.tensor(float(step)), **{key: torch.zeros_like(tensor) for key in MOMENTS}
+                    "step": torch.tensor(float(updates)), **{key: torch.zeros_like(tensor) for key in MOMENTS}
                 }
         for name, parameter in self._trained.items():
             for key in (None, *(MOMENTS if slots else ())):
@@ -187,25 +197,25 @@ class DeepSpeedEngine(TorchEngine):
         init_distributed()
         self.rank, self.world_size, _ = ranks()
         self.device = device()
-        bf16 = recipe.precision == "bf16"
         frozen = {n: p for n, p in student.state_dict().items() if n not in dict(student.named_parameters())}
         frozen |= {n: p for n, p in student.named_parameters() if not p.requires_grad}
         self._frozen = {n: t.detach().to("cpu", copy=True) for n, t in frozen.items()} if self.rank == 0 else {}
         self._trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.inner = optimizers.build(student, recipe.optimizer)
+        optimizers.set_lr(self.inner, 0.0)
         try:
             self.ds, self.optimizer, *_ = deepspeed.initialize(
                 model=student.to(self.device), optimizer=self.inner, config=fill(config, recipe, self.world_size)
             )
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"DeepSpeed refuses its configuration: {' '.join(str(error).split())}") from error
+        self.inner.state.clear()  # ZeRO 0 in bf16 makes a step of its own, at rate 0 here, to allocate its state
         self._zero3 = (
             utils.safe_get_full_fp32_param, utils.safe_get_full_optimizer_state,
             utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state,
         )  # fmt: skip
         self.module = student
         self.stage = self.ds.zero_optimization_stage()
-        self.bf16 = bf16
         gloo = self.device.type == "cpu"
         self._host_group = None if gloo else torch.distributed.new_group(backend="gloo")
 

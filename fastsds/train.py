@@ -31,7 +31,7 @@ import torch
 
 from fastsds import checkpoint, config, optimizer, sharding
 from fastsds.config import ConfigError, Recipe
-from fastsds.metrics import Metrics
+from fastsds.metrics import Metrics, counts, describe
 
 INTERRUPTED = 130
 
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     output, loss, data = Path(recipe.output), recipe.loss, recipe.data
     resume = checkpoint.find(args.resume, output) if args.resume else None
     if holds_a_run(output) and (resume is None or output.resolve() not in resume.resolve().parents):
-        raise ConfigError(f"output: {output} already holds a run; go on with --resume latest, or name another --output")
+        hint = "go on with --resume latest" if checkpoint.steps(output) else "it has no checkpoint: remove it"
+        raise ConfigError(f"output: {output} already holds a run; {hint}, or name another --output")
     device = torch.device("cpu") if args.dry_run else sharding.device()
     make_deterministic(device)
 
@@ -124,8 +125,11 @@ def run(args: argparse.Namespace) -> int:
         start = saved.step
         checkpoint.put_state(saved, engine, objective, recipe)
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(config.dump_recipe(recipe), encoding="utf-8")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "recipe.yaml").write_text(config.dump_recipe(recipe), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"output: {error}") from error
     metrics = Metrics(output, rank, recipe.steps, start)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
     stop = Interrupt()
@@ -259,28 +263,6 @@ def make_evaluation(recipe: Recipe, student):
     return evaluate
 
 
-def counts(student, trained: list[str]) -> str:
-    sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
-    return f"{sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters train"
-
-
-def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, stage: int | None) -> str:
-    """What a dry run prints."""
-    data, steps = recipe.data, recipe.steps
-    frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
-    engine = "plain torch" if stage is None else f"ZeRO {stage}"
-    images = data.batch * data.accumulation
-    return (
-        f"{config.dump_recipe(recipe)}\n"
-        f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
-        f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
-        f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
-        f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"
-        f"{steps} steps = {images * steps:,} images = {images * steps / len(source):.2f} epochs of {len(source):,}\n"
-        f"dry run: nothing was written"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse(argv))
@@ -289,6 +271,9 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED

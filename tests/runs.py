@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if find_spec("fastsds") is None:  # not installed: the source tree
     sys.path.append(str(ROOT))
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests compare runs on the CPU, also where there is a GPU
+
 STEPS = 20
 TINY = """
 steps: 20
@@ -75,22 +77,23 @@ def at(output: Path, step: int) -> Path:
     return Path(output) / "checkpoints" / f"step_{step:08d}"
 
 
-def deepspeed(*argv, ranks: int | None = None, timeout: int = 900) -> subprocess.CompletedProcess:
+def deepspeed(*argv, ranks: int | None = None, timeout: int = 900, accelerator: str = "cpu") -> subprocess.CompletedProcess:
     """DeepSpeed's launcher, as the `deepspeed` command runs it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("deepspeed")), f"--master_port={port}"]
     command += [f"--num_gpus={ranks}"] if ranks else []
-    return subprocess.run([*command, *map(str, argv)], cwd=ROOT, timeout=timeout, capture_output=True, text=True)
+    return subprocess.run([*command, *map(str, argv)], cwd=ROOT, timeout=timeout, capture_output=True, text=True,
+                          env={**os.environ, "DS_ACCELERATOR": accelerator})  # fmt: skip
 
 
-def launch(ranks: int, plan: dict[str, list], folder: Path) -> dict[str, Path]:
+def launch(ranks: int, plan: dict[str, list], folder: Path, accelerator: str = "cpu") -> dict[str, Path]:
     """All runs of a plan, {name: arguments}, in one launch. Returns {name: output folder}; a failed run raises."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [["--output", str(folder / name), *map(str, argv)] for name, argv in plan.items()]
     (folder / "plan.json").write_text(json.dumps(lines))
-    done = deepspeed(__file__, folder / "plan.json", ranks=ranks)
+    done = deepspeed(__file__, folder / "plan.json", ranks=ranks, accelerator=accelerator)
     codes = folder / "codes.json"
     found = json.loads(codes.read_text()) if codes.exists() else []
     assert found == [0] * len(plan), f"exit codes {found} of {list(plan)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
