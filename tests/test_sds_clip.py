@@ -70,7 +70,7 @@ def latents(n=4, dtype=torch.float64, seed=0):
     return torch.randn(n, *tiny.LATENT, dtype=dtype, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def oracle(teacher, loss, z, batch, timesteps=(600, 1000)):
+def oracle(teacher, loss, z, batch, timesteps=(500, 900)):
     """t, w, eps, eps_hat by the page's formulas, with the UNet called directly; differentiable in z."""
     t = ops.Noise(SEED, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(*timesteps)
     eps = ops.Noise(SEED, ops.draw(ops.Purpose.NOISE, batch.visits), batch.ids).normal(z.shape[1:]).to(z.dtype)
