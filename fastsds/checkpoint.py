@@ -22,7 +22,7 @@ import torch
 
 import fastsds
 from fastsds.config import ConfigError, Recipe, as_dict
-from fastsds.sharding import MOMENTS
+from fastsds.engine import MOMENTS
 from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
 
 FORMAT = 1

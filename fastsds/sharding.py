@@ -1,15 +1,8 @@
 """Where the student's weights, gradients and optimizer state live: one device, or sharded by DeepSpeed's ZeRO.
 
-Both engines have one surface, so the loop does not know which it has:
-
-    engine(pixels, tokens) -> StudentOutput      engine.backward(loss); engine.step()    one call each a micro-step
-    engine.mean(x), engine.any(flag)             over ranks
-    engine.state(), engine.load_moments(...)     the fp32 weights and moments by parameter name, whole
-
-`state` is collective: every rank calls it. It never touches DeepSpeed's own checkpoints, which unpickle.
+DeepSpeed's own checkpoints, which unpickle, are never used: weights and moments are gathered and put back by name.
 """
 
-import contextlib
 import os
 import socket
 
@@ -17,24 +10,7 @@ import torch
 
 from fastsds import optimizer as optimizers
 from fastsds.config import ConfigError, Recipe
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank), as a launcher sets them; (0, 1, 0) without one."""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-def device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu says so."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = ranks()[2]
-    if local >= torch.cuda.device_count():
-        raise ConfigError(f"rank {local} of this machine needs GPU {local}, and it has {torch.cuda.device_count()}")
-    return torch.device("cuda", local)
+from fastsds.engine import TorchEngine, device, ranks
 
 
 def stage_of(config: dict | None) -> int | None:
@@ -48,143 +24,13 @@ def stage_of(config: dict | None) -> int | None:
     return stage
 
 
-def make_engine(student: torch.nn.Module, recipe: Recipe, deepspeed_config: dict | None = None) -> "TorchEngine":
+def make_engine(student: torch.nn.Module, recipe: Recipe, deepspeed_config: dict | None = None) -> TorchEngine:
     """Put a student under an engine. deepspeed_config: DeepSpeed's own JSON, or None for plain torch on one device.
 
     The recipe fills in the batch keys, clipping and bf16; everything else passes through untouched.
     """
     kind = TorchEngine if deepspeed_config is None else DeepSpeedEngine
     return kind(student, recipe, deepspeed_config)
-
-
-class TorchEngine:
-    """Plain torch on one device. precision bf16: fp32 weights, bf16 autocast of the student's forward."""
-
-    stage: int | None = None
-
-    @property
-    def name(self) -> str:
-        """What a log line says."""
-        kind = "plain torch" if self.stage is None else f"ZeRO {self.stage}"
-        return f"{kind}, {self.world_size} rank(s), {self.device}"
-
-    def __init__(self, student: torch.nn.Module, recipe: Recipe, _=None):
-        self.rank, self.world_size, _ = ranks()
-        if self.world_size > 1:
-            raise ConfigError(f"{self.world_size} ranks without --config: name a DeepSpeed file (configs/zero2.json)")
-        self.device = device()
-        self.module = student.to(self.device)
-        self.optimizer = self.inner = optimizers.build(student, recipe.optimizer)
-        self.accumulation, self.clip = recipe.data.accumulation, recipe.optimizer.clip
-        self.bf16, self.micro_steps = recipe.precision == "bf16", 0
-        self._trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self._frozen = {}  # read when asked for: nothing shards it
-
-    def __call__(self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None):
-        cast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        with cast:
-            return self.module(pixels, tokens)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.accumulation).backward()
-
-    def step(self) -> None:
-        self.micro_steps += 1
-        if self.micro_steps % self.accumulation:
-            return
-        for parameter in self._trained.values():  # ZeRO steps a parameter without a gradient as one with a zero gradient
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks."""
-        return x
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so. Host to host: waits for no GPU."""
-        return flag
-
-    def barrier(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def state(self, moments: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Whole fp32 weights by parameter name, and moments as "NAME.exp_avg", "NAME.exp_avg_sq", on the CPU.
-
-        Rank 0 gets all, other ranks two empty dicts; every rank must call. Moments before the first step are absent.
-        """
-        weights, slots = dict(self._frozen), {}
-        for name, tensor in self.module.state_dict().items():
-            if name not in self._trained and name not in weights:
-                weights[name] = tensor
-        for name, parameter in self._trained.items():
-            tensors = [self._whole(parameter, key) for key in (None, *(MOMENTS if moments and self._has_moments() else ()))]
-            if self.rank == 0:
-                weights[name], *rest = (t.detach().to("cpu", torch.float32, copy=True) for t in tensors)
-                slots.update({f"{name}.{key}": t for key, t in zip(MOMENTS, rest, strict=False)})
-        if self.rank:
-            return {}, {}
-        return {n: t.detach().to("cpu", copy=True) for n, t in weights.items()}, slots
-
-    def updates(self) -> int:
-        """How many times the optimizer has stepped: the steps of the run, less those that bf16 overflow skipped."""
-        tensors = self._tensors()
-        return int(self.inner.state.get(tensors[0], {}).get("step", 0)) if tensors else 0
-
-    def load_moments(self, updates: int, weights: dict[str, torch.Tensor], slots: dict[str, torch.Tensor]) -> None:
-        """Put back what `state` gave after so many updates. Every rank passes the same whole tensors."""
-        if slots:
-            for tensor in self._tensors():
-                self.inner.state[tensor] = {
-                    "step": torch.tensor(float(updates)), **{key: torch.zeros_like(tensor) for key in MOMENTS}
-                }
-        for name, parameter in self._trained.items():
-            for key in (None, *(MOMENTS if slots else ())):
-                value = weights[name] if key is None else slots[f"{name}.{key}"]
-                self._set_whole(parameter, value.to(self.device), key)
-
-    def raw_state(self) -> dict[str, torch.Tensor]:
-        """This rank's optimizer state as it lies: "INDEX.KEY" -> tensor. Fits the same stage and ranks only."""
-        return {
-            f"{index}.{key}": value.detach().cpu().clone() if torch.is_tensor(value) else torch.tensor(value)
-            for index, tensor in enumerate(self._tensors())
-            for key, value in self.inner.state.get(tensor, {}).items()
-        }
-
-    def load_raw_state(self, raw: dict[str, torch.Tensor]) -> None:
-        for index, tensor in enumerate(self._tensors()):
-            items = {key.partition(".")[2]: value for key, value in raw.items() if key.partition(".")[0] == str(index)}
-            self.inner.state[tensor] = {
-                key: int(value) if key == "step" else value.to(tensor.device) for key, value in items.items()
-            }
-
-    # How this engine keeps its state. A DeepSpeed engine overrides these.
-
-    def _tensors(self) -> list[torch.Tensor]:
-        """The tensors that the optimizer steps, in a fixed order."""
-        return [p for group in self.inner.param_groups for p in group["params"]]
-
-    def _has_moments(self) -> bool:
-        tensors = self._tensors()
-        return bool(tensors) and MOMENTS[0] in self.inner.state.get(tensors[0], {})
-
-    def _whole(self, parameter: torch.Tensor, key: str | None) -> torch.Tensor:
-        """The whole fp32 weight (key None) or moment of a parameter. Collective."""
-        master = self._master(parameter)
-        return master if key is None else self.inner.state[master][key]
-
-    def _set_whole(self, parameter: torch.Tensor, value: torch.Tensor, key: str | None) -> None:
-        with torch.no_grad():
-            self._whole(parameter, key).copy_(value)
-
-    def _master(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter
 
 
 class DeepSpeedEngine(TorchEngine):

@@ -31,6 +31,7 @@ import torch
 
 from fastsds import checkpoint, config, optimizer, sharding
 from fastsds.config import ConfigError, Recipe
+from fastsds.engine import device, ranks
 from fastsds.metrics import Metrics, counts, describe
 
 INTERRUPTED = 130
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     # The recipe, and every check that needs no model.
-    rank, world_size, _ = sharding.ranks()
+    rank, world_size, _ = ranks()
     recipe = config.load_recipe(args.recipe, args.set)
     if args.output is not None:
         recipe = dataclasses.replace(recipe, output=args.output)
@@ -67,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if holds_a_run(output) and (resume is None or output.resolve() not in resume.resolve().parents):
         hint = "go on with --resume latest" if checkpoint.steps(output) else "it has no checkpoint: remove it"
         raise ConfigError(f"output: {output} already holds a run; {hint}, or name another --output")
-    device = torch.device("cpu") if args.dry_run else sharding.device()
-    make_deterministic(device)
+    place = torch.device("cpu") if args.dry_run else device()
+    make_deterministic(place)
 
     # The frozen teacher, the student, the data.
     from fastsds.data.sampler import load_batch
@@ -82,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
     if parts:
         from fastsds.teacher import Teacher
 
-        half = recipe.precision == "bf16" and device.type == "cuda"
-        teacher = Teacher.load(recipe.teacher.path, device, torch.bfloat16 if half else torch.float32, parts)
+        half = recipe.precision == "bf16" and place.type == "cuda"
+        teacher = Teacher.load(recipe.teacher.path, place, torch.bfloat16 if half else torch.float32, parts)
     shape = teacher.latent_shape if teacher else None
-    student = load_student(recipe.student.model, recipe.student.pretrained, shape, device, recipe.seed)
+    student = load_student(recipe.student.model, recipe.student.pretrained, shape, place, recipe.seed)
     trained = apply_tuning(student, recipe.student.tune, head=teacher is not None)
     source = open_source(data, student.image_size, recipe.seed)
     if data.batch > len(source):
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     def load(step: int, micro: int, rank: int = rank, world: int = world_size):
         return load_batch(
             source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
-            image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=device,
+            image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,
             negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
             teacher_size=teacher.image_size if "vae" in parts else None,
         )  # fmt: skip
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse(argv))
     except ConfigError as error:
-        if sharding.ranks()[0]:  # one message for all ranks: rank 0 has the same one, and its exit ends the others
+        if ranks()[0]:  # one message for all ranks: rank 0 has the same one, and its exit ends the others
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -184,13 +184,16 @@ def test_bf16_follows_fp32(plain, one, n):
     assert not all(rounded), "the checkpoint holds bf16 weights, not their fp32 masters"
 
 
-def test_the_documented_command_runs_and_errors_come_once(tmp_path):
-    """`deepspeed fastsds/train.py` itself, no --num_gpus, with the embedded world."""
+def test_the_documented_commands_run(base, plain, tmp_path, python):
+    """`deepspeed fastsds/train.py` itself, no --num_gpus, on the embedded world; `python -m` with a DeepSpeed file."""
     sets = runs.sets("steps=2", "log_every=1", "data.batch=8", "eval.suite=none")
     done = runs.deepspeed("fastsds/train.py", "--config", "configs/zero2.json", *sets, "--output", tmp_path / "world")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(runs.losses(tmp_path / "world")) == 2
     assert (tmp_path / "world" / "student" / "open_clip_model.safetensors").is_file()
+    done = python("-m", "fastsds.train", *base, *stage(1), "--output", tmp_path / "alone")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert runs.relative(runs.losses(tmp_path / "alone"), runs.losses(plain["base"])) < EQUAL
 
 
 def test_a_batch_that_does_not_divide_is_one_error_on_two_ranks(tmp_path):

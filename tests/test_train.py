@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,28 @@ def test_a_head_that_starts_elsewhere(base, tmp_path, how):
     assert runs.train(*base, *runs.sets("steps=2"), "--output", tmp_path / "default") == 0
     ours, theirs = runs.rows(tmp_path / "run")[0], runs.rows(tmp_path / "default")[0]
     assert ours["clip"] == theirs["clip"] and ours["sds"] != theirs["sds"]
+
+
+def test_photographs_train_with_the_embedded_teacher_and_student(tmp_path):
+    """A folder of photographs, its .tsv, and a recipe that points at it: paths are the recipe's own."""
+    import skimage
+
+    there = Path(skimage.__path__[0]) / "data"
+    titles = {"coffee.png": "a cup of coffee", "chelsea.png": "a cat", "astronaut.png": "an astronaut", "camera.png": "a man"}
+    found = {name: title for name, title in titles.items() if (there / name).is_file()}
+    assert len(found) >= 2
+    (tmp_path / "images").mkdir()
+    for name in found:
+        shutil.copy(there / name, tmp_path / "images")
+    rows = "".join(f"{name}\t{title}\n" for name, title in found.items())
+    (tmp_path / "photographs.tsv").write_text("filepath\ttitle\n" + rows)
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {source: photographs.tsv, images: images, batch: 2, accumulation: 2, workers: 2}\n"
+        "steps: 5\nlog_every: 1\neval: {suite: none}\n"
+    )
+    assert runs.train("--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run") == 0
+    losses = runs.losses(tmp_path / "run")
+    assert len(losses) == 5 and all(math.isfinite(x) for x in losses) and len(set(losses)) == 5
 
 
 @pytest.mark.parametrize("more", [("precision=bf16",), ("optimizer.name=adamw8bit",), ("data.workers=2",)])
