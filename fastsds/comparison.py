@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsds import quiet, report, world
+from fastsds import report, world
 from fastsds.evaluation import world_suite
 from fastsds.evaluation.diffusion_score import diffusion_scores
 from fastsds.evaluation.statistics import holm, mcnemar, two_level_bootstrap
@@ -128,8 +128,7 @@ def weights() -> str:
 def load_teacher(path: str):
     from fastsds.teacher import Teacher
 
-    with quiet.loading():
-        return Teacher.load(path)
+    return Teacher.load(path)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fastsds import quiet
 from fastsds.config import ConfigError
 
 PARTS = ("unet", "text", "vae")
@@ -210,7 +211,8 @@ def _load(kind, folder: Path, dtype: torch.dtype):
     else:
         options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # True needs accelerate
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
+        with quiet.loading():
+            return kind.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"teacher folder {folder.parent}: {folder.name}: {str(error).strip().splitlines()[0]}") from error
 
