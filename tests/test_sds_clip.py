@@ -25,6 +25,25 @@ WEIGHTS = {
 }
 
 
+def setting(**changes):
+    """A `loss` section that owes nothing to the shipped recipe's values."""
+    base = LossConfig(
+        lambda_=30.0,
+        rho=1.0,
+        gradient="sds",
+        reference="noise",
+        noised=True,
+        weighting="inverse_snr_root",
+        t=(0.6, 1.0),
+        log_snr=None,
+        shift=0.0,
+        sds_every=1,
+        captions="own",
+        negatives="none",
+    )
+    return replace(base, **changes)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Teachers of all three prediction types, and a student."""
@@ -72,7 +91,7 @@ def latents(n=4, dtype=torch.float64, seed=0):
 
 def oracle(teacher, loss, z, batch, timesteps=(500, 900)):
     """t, w, eps, eps_hat by the page's formulas, with the UNet called directly; differentiable in z."""
-    t = ops.Noise(SEED, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(*timesteps)
+    t = ops.Noise(SEED, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(600, 1000)
     eps = ops.Noise(SEED, ops.draw(ops.Purpose.NOISE, batch.visits), batch.ids).normal(z.shape[1:]).to(z.dtype)
     abar = teacher.alphas_cumprod.to(z.dtype)[t].view(-1, 1, 1, 1)
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
@@ -90,7 +109,7 @@ def oracle(teacher, loss, z, batch, timesteps=(500, 900)):
 @pytest.mark.parametrize("weighting", WEIGHTS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_sds_is_its_formula(teachers, kind, weighting, noised):
-    loss = LossConfig(weighting=weighting, noised=noised)
+    loss = setting(weighting=weighting, noised=noised)
     teacher, batch, z = teachers[kind], make_batch(), latents()
     value = SDSCLIP(loss, teacher, SEED).distillation(z, batch)
     gradient = torch.autograd.grad(3.0 * value, z)[0] / 3.0  # the upstream gradient is honoured
@@ -104,7 +123,7 @@ def test_sds_is_its_formula(teachers, kind, weighting, noised):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_weighted_sds_is_regression_to_the_teachers_mean_with_constant_one(teachers, kind):
-    loss, batch, z = LossConfig(weighting="inverse_snr_root"), make_batch(), latents()
+    loss, batch, z = setting(weighting="inverse_snr_root"), make_batch(), latents()
     value = SDSCLIP(loss, teachers[kind], SEED).distillation(z, batch)
     with torch.no_grad():
         x0hat = oracle(teachers[kind], loss, z, batch)[-1]
@@ -116,7 +135,7 @@ def test_weighted_sds_is_regression_to_the_teachers_mean_with_constant_one(teach
 @pytest.mark.parametrize("weighting", ["uniform", "inverse_snr_root"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_full_is_autograd_through_the_unet(teachers, kind, weighting, noised):
-    loss = LossConfig(gradient="full", weighting=weighting, noised=noised)
+    loss = setting(gradient="full", weighting=weighting, noised=noised)
     teacher, batch, z = teachers[kind], make_batch(), latents()
     value = SDSCLIP(loss, teacher, SEED).distillation(z, batch)
     _, w, eps, eps_hat, _ = oracle(teacher, loss, z, batch)
@@ -131,7 +150,7 @@ def test_full_is_autograd_through_the_unet(teachers, kind, weighting, noised):
 
 def test_full_agrees_with_finite_differences(teachers):
     recipe, batch, z = (
-        SDSCLIP(LossConfig(gradient="full"), teachers["epsilon"], SEED),
+        SDSCLIP(setting(gradient="full"), teachers["epsilon"], SEED),
         make_batch(),
         latents(),
     )
@@ -146,25 +165,25 @@ def test_sds_builds_no_graph_of_the_unet(teacher):
     seen = []
     hook = teacher.unet.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     for gradient in ("sds", "full"):
-        SDSCLIP(LossConfig(gradient=gradient), teacher, SEED).distillation(latents(dtype=torch.float32), make_batch())
+        SDSCLIP(setting(gradient=gradient), teacher, SEED).distillation(latents(dtype=torch.float32), make_batch())
     hook.remove()
     assert seen == [False, True]
 
 
 def test_latents_is_plain_regression_and_asks_no_unet(folders):
-    teacher = Teacher.load(folders["epsilon"], parts=teacher_parts(LossConfig(gradient="latents")))
+    teacher = Teacher.load(folders["epsilon"], parts=teacher_parts(setting(gradient="latents")))
     assert teacher.unet is None and teacher.text_encoder is None
     batch, z = make_batch(), latents(dtype=torch.float32)
-    value = SDSCLIP(LossConfig(gradient="latents"), teacher, SEED).distillation(z, batch)
+    value = SDSCLIP(setting(gradient="latents"), teacher, SEED).distillation(z, batch)
     difference = z - teacher.encode(batch.pixels)
     torch.testing.assert_close(value, difference.square().mean())
     torch.testing.assert_close(torch.autograd.grad(value, z)[0], 2 * difference / z.numel())
     other = replace(batch, pixels_teacher=tiny.pixels(4, seed=3))
-    assert not torch.equal(SDSCLIP(LossConfig(gradient="latents"), teacher, SEED).distillation(z, other), value)
+    assert not torch.equal(SDSCLIP(setting(gradient="latents"), teacher, SEED).distillation(z, other), value)
 
 
 def test_a_sample_does_not_depend_on_its_batch(teachers):
-    recipe, z = SDSCLIP(LossConfig(), teachers["epsilon"], SEED), latents()
+    recipe, z = SDSCLIP(setting(), teachers["epsilon"], SEED), latents()
     whole = torch.autograd.grad(recipe.distillation(z, make_batch(4)), z)[0]
     parts = [recipe.distillation(z[k : k + 2], make_batch(2, first=k)) for k in (0, 2)]
     torch.testing.assert_close(torch.autograd.grad(sum(parts) / 2, z)[0], whole)
@@ -174,7 +193,7 @@ def test_noise_and_timestep_follow_seed_id_and_visit(teacher):
     batch, z = make_batch(), latents(dtype=torch.float32)
 
     def value(seed, batch):
-        return SDSCLIP(LossConfig(), teacher, seed).distillation(z, batch).item()
+        return SDSCLIP(setting(), teacher, seed).distillation(z, batch).item()
 
     first = value(SEED, batch)
     assert first == value(SEED, batch)
@@ -195,7 +214,7 @@ def test_noise_and_timestep_follow_seed_id_and_visit(teacher):
     ],
 )
 def test_range_of_noise_levels(teacher, config, expected):
-    first, last = SDSCLIP(LossConfig(**config), teacher, SEED).timesteps
+    first, last = SDSCLIP(setting(**config), teacher, SEED).timesteps
     if expected:
         assert (first, last) == expected
     else:
@@ -224,7 +243,7 @@ def test_loss_is_clip_plus_lambda_sds(student, teacher):
 
     batch = make_batch(4, student.tokenize)
     out = student(batch.pixels, batch.tokens)
-    recipe = SDSCLIP(LossConfig(lambda_=7.0), teacher, SEED)
+    recipe = SDSCLIP(setting(lambda_=7.0), teacher, SEED)
     parts = recipe(out, batch, 0)
     expected = open_clip.ClipLoss()(out.image, out.text, out.logit_scale)
     torch.testing.assert_close(parts["clip"], expected)
@@ -236,18 +255,18 @@ def test_loss_is_clip_plus_lambda_sds(student, teacher):
 
 def test_lambda_zero_asks_no_teacher(folders):
     student = load_student(folders["student"])  # without a head
-    assert teacher_parts(LossConfig(lambda_=0.0), "ridge") == ()
-    parts = run(student, SDSCLIP(LossConfig(lambda_=0.0)), make_batch(4, student.tokenize), diagnose=True)
+    assert teacher_parts(setting(lambda_=0.0), "ridge") == ()
+    parts = run(student, SDSCLIP(setting(lambda_=0.0)), make_batch(4, student.tokenize), diagnose=True)
     assert torch.equal(parts["loss"], parts["clip"]) and "sds" not in parts
     assert parts["loss"].requires_grad
     with pytest.raises(ValueError, match="needs a teacher"):
-        SDSCLIP(LossConfig())
+        SDSCLIP(setting())
 
 
 def test_diagnosis_is_the_ratio_and_the_angle_of_the_two_gradients(student, teacher):
     batch, recipe = (
         make_batch(4, student.tokenize),
-        SDSCLIP(LossConfig(lambda_=3.0), teacher, SEED, head=student.head),
+        SDSCLIP(setting(lambda_=3.0), teacher, SEED, head=student.head),
     )
     out = student(batch.pixels, batch.tokens)
     parts = recipe(out, batch, 0, diagnose=True)
@@ -264,7 +283,7 @@ def test_diagnosis_changes_no_gradient(folders, teacher):
     for diagnose in (False, True):
         student = load_student(folders["student"], latent_shape=tiny.LATENT)
         batch = make_batch(4, student.tokenize)
-        run(student, SDSCLIP(LossConfig(), teacher, SEED, head=student.head), batch, diagnose=diagnose)["loss"].backward()
+        run(student, SDSCLIP(setting(), teacher, SEED, head=student.head), batch, diagnose=diagnose)["loss"].backward()
         gradients.append([p.grad for p in student.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -272,8 +291,8 @@ def test_diagnosis_changes_no_gradient(folders, teacher):
 def test_sds_every_k_is_k_times_lambda_every_kth_step(student, teacher):
     batch, calls = make_batch(4, student.tokenize), []
     hook = teacher.unet.register_forward_hook(lambda *_: calls.append(1))
-    each = SDSCLIP(LossConfig(lambda_=2.0), teacher, SEED)
-    third = SDSCLIP(LossConfig(lambda_=2.0, sds_every=3), teacher, SEED, head=student.head)
+    each = SDSCLIP(setting(lambda_=2.0), teacher, SEED)
+    third = SDSCLIP(setting(lambda_=2.0, sds_every=3), teacher, SEED, head=student.head)
     sds = (run(student, each, batch)["loss"] - run(student, each, batch)["clip"]).item()
     calls.clear()
     shares = []
@@ -290,7 +309,7 @@ def test_sds_every_k_is_k_times_lambda_every_kth_step(student, teacher):
 
 @pytest.mark.parametrize("rho", [0.5, 4.0])
 def test_lambda_auto_holds_rho(student, teacher, rho):
-    recipe = SDSCLIP(LossConfig(lambda_="auto", rho=rho), teacher, SEED, head=student.head)
+    recipe = SDSCLIP(setting(lambda_="auto", rho=rho), teacher, SEED, head=student.head)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     history = []
     for step in range(30):
@@ -308,7 +327,7 @@ def test_lambda_auto_holds_rho(student, teacher, rho):
 
 
 def test_lambda_auto_resumes_bit_for_bit(student, teacher):
-    config = LossConfig(lambda_="auto")
+    config = setting(lambda_="auto")
     one = SDSCLIP(config, teacher, SEED, head=student.head)
     batches = [make_batch(4, student.tokenize, first=k) for k in range(4)]
     whole = [run(student, one, b)["lambda"] for b in batches]
@@ -318,25 +337,25 @@ def test_lambda_auto_resumes_bit_for_bit(student, teacher):
     second = SDSCLIP(config, teacher, SEED, head=student.head)
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
     assert [run(student, second, b)["lambda"] for b in batches[2:]] == whole[2:]
-    assert SDSCLIP(LossConfig(), teacher, SEED).state_dict() == {}
+    assert SDSCLIP(setting(), teacher, SEED).state_dict() == {}
 
 
 def test_negatives_widen_the_choice_of_each_image(student):
     batch = make_batch(4, student.tokenize, negatives=True)
     out = student(batch.pixels, batch.student_tokens)
-    recipe = SDSCLIP(LossConfig(lambda_=0.0, negatives="swapped"))
+    recipe = SDSCLIP(setting(lambda_=0.0, negatives="swapped"))
     logits = out.logit_scale * out.image @ out.text.T  # [4, 8]
     labels = torch.arange(4)
     expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, :4].T, labels)) / 2
     torch.testing.assert_close(recipe.contrastive(out, batch), expected)
-    plain = SDSCLIP(LossConfig(lambda_=0.0)).contrastive(out._replace(text=out.text[:4]), batch)
+    plain = SDSCLIP(setting(lambda_=0.0)).contrastive(out._replace(text=out.text[:4]), batch)
     assert recipe.contrastive(out, batch) > plain
     with pytest.raises(ValueError, match="expected 2 x 4"):
         recipe.contrastive(out._replace(text=out.text[:4]), batch)
 
 
 def test_the_teacher_reads_the_captions_it_is_told(student, teacher):
-    recipe, shuffled = (SDSCLIP(LossConfig(captions=c), teacher, SEED) for c in ("own", "shuffled"))
+    recipe, shuffled = (SDSCLIP(setting(captions=c), teacher, SEED) for c in ("own", "shuffled"))
     batch = make_batch(4, student.tokenize)
     told = replace(batch, teacher_captions=batch.captions[1:] + batch.captions[:1])
     parts = run(student, recipe, batch), run(student, shuffled, told)
@@ -356,7 +375,7 @@ def test_the_teacher_reads_the_captions_it_is_told(student, teacher):
 )
 def test_settings_that_cannot_be_met(teacher, change, message):
     with pytest.raises(ConfigError, match=message):
-        SDSCLIP(LossConfig(**change), teacher, SEED)
+        SDSCLIP(setting(**change), teacher, SEED)
 
 
 # -- the frozen teacher ---------------------------------------------------------------------------------------------------
@@ -368,7 +387,7 @@ def test_training_leaves_the_teacher_untouched_and_unsaved(student, folders, tmp
 
     teacher = Teacher.load(folders["epsilon"])
     before = [p.clone() for p in teacher.parameters()]
-    recipe = SDSCLIP(LossConfig(lambda_="auto", gradient=gradient), teacher, SEED, head=student.head)
+    recipe = SDSCLIP(setting(lambda_="auto", gradient=gradient), teacher, SEED, head=student.head)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     start = [p.clone() for p in student.parameters()]
     for step in range(3):
@@ -420,7 +439,7 @@ def test_ridge_solves_the_least_squares_problem(student, teacher):
 def test_warmup_trains_the_head_alone(folders, student, teacher):
     clip = [p.clone() for p in student.clip.parameters()]
     apply_tuning(student, "layernorm", head=False)
-    loss = LossConfig(gradient="latents")
+    loss = setting(gradient="latents")
     result = init_head(student, teacher, lambda k: stream(student)(0), "warmup", loss=loss, warmup_steps=60, lr=2e-2)
     assert result["last"] < 0.7 * result["first"]
     assert all(torch.equal(a, b) for a, b in zip(clip, student.clip.parameters(), strict=True))
@@ -428,7 +447,7 @@ def test_warmup_trains_the_head_alone(folders, student, teacher):
     heads = []
     for _ in range(2):
         other = load_student(folders["student"], latent_shape=tiny.LATENT)
-        init_head(other, teacher, stream(other), "warmup", loss=LossConfig(), warmup_steps=3)
+        init_head(other, teacher, stream(other), "warmup", loss=setting(), warmup_steps=3)
         heads.append(other.head.linear.weight)
     assert torch.equal(*heads)  # so all ranks agree
     untouched = load_student(folders["student"], latent_shape=tiny.LATENT).head.linear.weight
@@ -446,10 +465,10 @@ def test_default_head_is_left_alone(student, teacher):
 # -- ranks ----------------------------------------------------------------------------------------------------------------
 
 CASES = {
-    "clip": LossConfig(lambda_=0.0),
-    "negatives": LossConfig(lambda_=0.0, negatives="swapped"),
-    "sds": LossConfig(lambda_=3.0),
-    "auto": LossConfig(lambda_="auto"),
+    "clip": setting(lambda_=0.0),
+    "negatives": setting(lambda_=0.0, negatives="swapped"),
+    "sds": setting(lambda_=3.0),
+    "auto": setting(lambda_="auto"),
 }
 
 
