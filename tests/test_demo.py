@@ -213,8 +213,9 @@ def test_a_failed_job_shows_its_log_and_stops_the_other(tmp_path):
 
 
 INTERRUPTED = """
-import sys, pathlib
+import pathlib, signal, sys
 from fastsds import jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 root = pathlib.Path(sys.argv[1])
 code = "import os, sys, time, pathlib; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
 def job(n):
