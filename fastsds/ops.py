@@ -154,8 +154,10 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
     """
     _sample(x0, "x0")
     if noise is None:
-        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device) if generator else None
-        noise = torch.randn_like(x0) if noise is None else noise
+        if generator is None:
+            noise = torch.randn_like(x0)
+        else:
+            noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
     elif generator is not None:
         raise ValueError("generator: used only when noise is None")
     eps, seed, draws, ids = _split(noise, x0, "noise")
@@ -199,9 +201,7 @@ def denoising_loss(
     y, from_x0 = None, x0 is not None
     if prediction_type != "epsilon":
         if (x0 is None) == (x_t is None):
-            raise ValueError(
-                f"x0, x_t: give one of them: the target of {prediction_type!r} is not a function of noise alone"
-            )
+            raise ValueError(f"x0, x_t: give one of them: the target of {prediction_type!r} is not a function of noise alone")
         y = x0 if from_x0 else x_t
         _matching(y, pred, "x0" if from_x0 else "x_t")
     if noise is None:
@@ -352,9 +352,7 @@ def _split(noise, x, name):
     if len(noise) != x.shape[0]:
         raise ValueError(f"{name}: {len(noise)} sample_ids for a batch of {x.shape[0]}")
     if noise.sample_ids.device != x.device:
-        raise ValueError(
-            f"{name}: stream on {noise.sample_ids.device}, samples on {x.device}; use noise.to({str(x.device)!r})"
-        )
+        raise ValueError(f"{name}: stream on {noise.sample_ids.device}, samples on {x.device}; use noise.to({str(x.device)!r})")
     return None, noise.seed, _savable(noise.draw), _savable(noise.sample_ids)
 
 

@@ -43,10 +43,11 @@ def arrange(x, layout):
     """The same values in another memory layout: "contiguous", "channels_last" or "strided" (a view with gaps)."""
     if layout == "channels_last" and x.ndim == 4:
         return x.to(memory_format=torch.channels_last)
-    if layout == "strided":
-        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)
-        wide[..., ::2] = x
-        return wide[..., ::2]
+    if layout == "strided":  # gaps behind every axis, so that no two merge into one
+        sizes = (x.shape[0] + 1, *(size + 1 for size in x.shape[1:-1]), 2 * x.shape[-1] + 1)
+        wide = torch.empty(sizes, dtype=x.dtype, device=x.device)
+        view = wide[tuple(slice(size) for size in x.shape[:-1])][..., :-1:2]
+        return view.copy_(x)
     return x.contiguous()
 
 

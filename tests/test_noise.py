@@ -143,12 +143,19 @@ def test_half_precision_keeps_the_schedule(dtype):
     assert sigma[0] != sigma[1]
 
 
-def test_video_and_vectors():
-    for shape in ((2, 3, 4, 5, 6), (4,), (3, 17), (2, 2, 3, 2, 3, 2)):
-        x, eps, _, t = sample(shape)
-        testing.assert_close(ops.add_noise(x, t, ABAR, eps)[0], eager(x, eps, t, x)[0])
-        stream_eps = stream(shape[0]).normal(shape[1:])
-        testing.assert_close(ops.add_noise(x, t, ABAR, stream(shape[0]))[0], eager(x, stream_eps, t, x)[0])
+@pytest.mark.parametrize("shape", ((2, 3, 4, 5, 6), (4,), (3, 17), (3, 16), (2, 2, 3, 2, 3, 2)))
+@pytest.mark.parametrize("layout", ("contiguous", "strided", "rows"))
+def test_video_and_vectors(shape, layout):
+    """Up to four separate axes within a sample; "rows": contiguous samples, a gap between them."""
+    x, eps, _, t = sample(shape)
+    expected = eager(x, eps, t, x)[0]
+    expected_by_seed = eager(x, stream(shape[0]).normal(shape[1:]), t, x)[0]
+    if layout == "rows":
+        x = torch.cat([x.view(len(x), -1), torch.zeros(len(x), 1)], 1)[:, :-1].view(shape)
+    elif layout == "strided" and 2 <= len(shape) <= 5:
+        x = testing.arrange(x, layout)
+    testing.assert_close(ops.add_noise(x, t, ABAR, eps)[0], expected)
+    testing.assert_close(ops.add_noise(x, t, ABAR, stream(shape[0]))[0], expected_by_seed)
 
 
 X = torch.zeros(2, 4, 8, 8)
