@@ -1,7 +1,7 @@
 """What a run tells about itself: metrics.jsonl, per-item outcomes, one status line, and what a dry run prints."""
 
 import json
-import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -64,8 +64,7 @@ class Metrics:
         if self.silent:
             return
         if self.tty:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            text = text[: max(20, columns - 1)]
+            text = text[: max(20, shutil.get_terminal_size((120, 24)).columns - 1)]
             print("\r" + text.ljust(self.width), end="\n" if last else "", file=sys.stderr, flush=True)
             self.width = 0 if last else len(text)
         elif last or time.perf_counter() - self.said >= EVERY_SECONDS:

@@ -281,4 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code in (0, INTERRUPTED) and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
