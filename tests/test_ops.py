@@ -114,7 +114,7 @@ def test_kernels_in_the_interpreter(python, root):
         "not slow",
         *files,
         env={"TRITON_INTERPRET": "1"},
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
