@@ -107,16 +107,6 @@ def _latents(folder: Path, source: WorldSource, n: int, log: Log) -> torch.Tenso
     return torch.cat(parts)
 
 
-def _layout(scenes) -> torch.Tensor:
-    """What a caption says of the picture: colour and shape of the left (upper) and right (lower) object, and the axis.
-
-    Shapes: -> [N, 5]."""
-    upright = (scenes.relation % 2 == 0)[:, None]
-    colour = torch.where(upright, scenes.colour, scenes.colour.flip(1))
-    shape = torch.where(upright, scenes.shape, scenes.shape.flip(1))
-    return torch.cat([colour, shape, scenes.relation[:, None] // 2], dim=1)
-
-
 _LAYOUT_SIZES = (len(COLOURS), len(COLOURS), len(SHAPES), len(SHAPES), len(RELATIONS) // 2)
 
 
@@ -213,7 +203,7 @@ def train_student(folder: Path, seed: int, log: Log, steps: int, tokenizer: Path
         text = clip.encode_text(tokenize(samples.captions))
         loss = criterion(F.normalize(image, dim=-1), F.normalize(text, dim=-1), clip.logit_scale.exp().clamp(max=100.0))
         if parsing:
-            loss = loss + parsing_loss(text, heads, _layout(source.scenes(ids)))
+            loss = loss + parsing_loss(text, heads, source.scenes(ids).layout())
         _step(optimizer, loss.mean(), parameters, hp["lr"] * _cosine(step, steps))
         if step % 20 == 0:
             log(f"student step {step}/{steps} contrastive loss {loss.item():.4f}", always=False)

@@ -70,6 +70,16 @@ class Scenes:
             for c, s, r, t in rows
         ]
 
+    def layout(self) -> torch.Tensor:
+        """What the picture shows, however it is said ("a left of b", "b right of a"): [N, 5].
+
+        Colours of the left (upper) and right (lower) object, their shapes, and the axis.
+        """
+        upright = (self.relation % 2 == 0)[:, None]
+        colour = torch.where(upright, self.colour, self.colour.flip(1))
+        shape = torch.where(upright, self.shape, self.shape.flip(1))
+        return torch.cat([colour, shape, self.relation[:, None] // 2], dim=1)
+
     def swapped(self, kind: str) -> "Scenes":
         """The scene whose caption has the same words with objects, colours or shapes exchanged."""
         if kind not in KINDS:
@@ -199,16 +209,7 @@ def retrieval_set(split: str, n: int = 100, seed: int = 0) -> Samples:
     pool = WorldSource(split, seed)
     ids = (1 << 30) + (_SPLIT_IDS[split] << 24) + torch.arange(4 * n)
     scenes, rows = pool.scenes(ids), {}
-    upright = (scenes.relation % 2 == 0)[:, None]  # "a left of b" and "b right of a" are one meaning
-    meaning = torch.cat(
-        [
-            torch.where(upright, scenes.colour, scenes.colour.flip(1)),
-            torch.where(upright, scenes.shape, scenes.shape.flip(1)),
-            scenes.relation[:, None] // 2,
-        ],
-        dim=1,
-    )
-    for row, key in enumerate(map(tuple, meaning.tolist())):
+    for row, key in enumerate(map(tuple, scenes.layout().tolist())):
         rows.setdefault(key, row)
     if len(rows) < n:
         raise ValueError(f"split {split!r} gave {len(rows)} distinct meanings, expected {n}")
