@@ -97,7 +97,7 @@ class EvalConfig:
 class Recipe:
     seed: int = 0
     output: str = "runs/world"
-    steps: int = 1400
+    steps: int = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
     student: StudentConfig = field(default_factory=StudentConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
