@@ -188,7 +188,7 @@ def _euler(scheduler, table, t, like):
     config = scheduler.config
     for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
         if getattr(config, name, False):
-            raise ValueError(f"schedule: {type(scheduler).__name__} has {name}; give its (alpha, sigma) as a pair: (1.0, sigmas)")
+            raise ValueError(f"schedule: {type(scheduler).__name__} has {name}; give the pair (1.0, sigma) instead")
     if t.dtype in HALF:
         raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
     _check_range(t, 0, len(table) - 1)

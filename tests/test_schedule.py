@@ -102,7 +102,7 @@ def test_pairs():
         (ABAR, 500.0, "indexed by integers"),
         (ABAR, True, "an int or a tensor"),
         (ABAR, "5", "an int or a tensor"),
-        (ABAR, -1, r"\[0, 1000\), got -1..-1"),
+        (ABAR, -1, r"\[0, 999\] expected, got -1..-1"),
         (ABAR, torch.tensor([0, 1, 1000]), "got 0..1000"),
         (ABAR, T[:2], "leading axes"),
         ((1.0, 2.0, 3.0), T, "has 2 entries, this one has 3"),
