@@ -8,23 +8,8 @@ from fastsds.kernels import launch
 from fastsds.kernels import noise as noise_kernels
 
 ABAR = testing.alphas_cumprod()
+pytestmark = pytest.mark.usefixtures("poison", "few_programs")
 only_compiled = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """torch.empty is filled with NaN, so an element that no kernel wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter's time goes by programs, not by elements: give large samples larger blocks there."""
-    if launch.INTERPRETED:
-        chosen = launch.block_size
-        monkeypatch.setattr(launch, "block_size", lambda n: 8192 if n > 8192 else chosen(n))
 
 
 def sample(shape, dtype=torch.float32, device="cpu", seed=0):

@@ -79,15 +79,15 @@ def on_device(v):
         (lambda n, x, t, a: ops.add_noise(x, t, a), {"_add_noise_kernel": 1}),
         (
             lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a).backward(),
-            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
         (
             lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a, return_grad=True),
-            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
         (
             lambda n, x, t, a: ops.denoising_loss(x, n, t, a).backward(),
-            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
     ),
 )
@@ -130,7 +130,10 @@ def test_unknown_devices_are_refused():
         "add_noise",
         "scale_rows",
         "denoising_energy",
-        "sds_energy",
+        "sds_value",
+        "sample_sums",
+        "sid_energy",
+        "sid_gradients",
         "residual_gradient",
         "philox_words",
     ):

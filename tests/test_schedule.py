@@ -107,7 +107,7 @@ def test_pairs():
         (ABAR, T[:2], "leading axes"),
         ((1.0, 2.0, 3.0), T, "has 2 entries, this one has 3"),
         ((torch.ones(2), 1.0), T, "alpha: shape"),
-        (object(), T, "neither alphas_cumprod nor sigmas"),
+        (object(), T, "neither alphas_cumprod nor scale_noise"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), T.half(), "half precision moves timesteps"),
     ),
 )
