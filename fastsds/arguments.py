@@ -108,7 +108,7 @@ def lead_axes(*tensors):
 def rows(v, x, lead):
     """A left-aligned tensor as one value for each of x's first `lead` axes: [R], contiguous."""
     v = v.reshape(*v.shape[:lead], *(1,) * (lead - min(v.ndim, lead)))
-    return v.expand(x.shape[:lead]).reshape(-1)
+    return v.expand(x.shape[:lead]).reshape(-1).contiguous()
 
 
 def left_aligned(v, x, name):
