@@ -188,7 +188,7 @@ def test_opcheck(device):
 
 
 @only_compiled
-@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("arch", (80, 90, 100))
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_compiles_clean(dtype, arch):
     """216 elements are no multiple of 16, yet a sample's bytes divide by 16: that must be enough for 16-byte accesses."""
