@@ -204,8 +204,8 @@ def sds_loss(
     Cost: forward reads pred (both halves), backward reads it again and writes the gradient; plus the tensors given. eps of a
         `Noise` is regenerated, never stored. "x0_error" and "drop_sample" read once more. Tensors made under
         inference_mode are cloned, as autograd cannot save them.
-    Source: Poole et al. 2022 (DreamFusion), equation 3; Wang et al. 2023 (VSD), equation 9; Yu et al. 2023 (CSD);
-        Hertz et al. 2023 (DDS), equation 3.
+    Source: Poole et al. 2022 (DreamFusion), equation 3; Wang et al. 2023 (VSD, arXiv 2305.16213); Yu et al.
+        2023 (CSD, arXiv 2310.19415); Hertz et al. 2023 (DDS, arXiv 2304.07090).
     """
     arguments.sample(x0, "x0")
     kind, ref_kind = _type(prediction_type), _type(ref_prediction_type, "ref_prediction_type")
@@ -277,7 +277,7 @@ def dmd_loss(
     Numerics: fp32 arithmetic, float64 for float64 inputs; one rounding. Where x equals x0_real, n is the smallest normal
         number rather than 0.
     Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient.
-    Source: Yin et al. 2024 (DMD), equations 7 and 8.
+    Source: Yin et al. 2024 (DMD, arXiv 2311.18828), equations 7 and 8.
     """
     arguments.sample(x, "x")
     for v, name in ((x0_real, "x0_real"), (x0_fake, "x0_fake")):
@@ -326,7 +326,7 @@ def sid_loss(x, x0_real, x0_fake, *, alpha=1.0, floor=1e-5, reduction="sum"):
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic, one rounding of each gradient.
     Cost: forward reads x and x0_real twice, x0_fake once; backward reads all three and writes three gradients.
-    Source: Zhou et al. 2024 (SiD, arXiv 2404.04057), equations 23 and 24.
+    Source: Zhou et al. 2024 (SiD, arXiv 2404.04057).
     """
     arguments.sample(x, "x")
     for v, name in ((x0_real, "x0_real"), (x0_fake, "x0_fake")):
