@@ -4,8 +4,7 @@
     pytest benchmarks/ --benchmark-disable            each body once: a benchmark cannot rot on a machine without a GPU
 
 Beside every time: compulsory bytes, GB/s, percent of a plain copy of as many bytes in the same session, and on CUDA the
-    device
-time (median, 20 %, 80 %) and peak memory minus start.
+device time (median, 20 %, 80 %), peak memory minus start, and the number of kernels launched.
 """
 
 import functools
@@ -31,6 +30,17 @@ def device():
 def synchronize(device):
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def launched(function):
+    """How many kernels, copies and fills the device ran for one call."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in found.events())
 
 
 def device_milliseconds(function):
@@ -86,6 +96,7 @@ def measure(benchmark, device):
             start = torch.cuda.memory_allocated()
             timed()
             info["peak_memory"] = torch.cuda.max_memory_allocated() - start
+            info["launches"] = launched(function)
             low_mid_high = device_milliseconds(function)
             info["device_ms"] = dict(zip(("median", "p20", "p80"), low_mid_high))
         benchmark(timed)

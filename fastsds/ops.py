@@ -1,4 +1,4 @@
-"""The public functional surface: counter-based noise, noise injection, and two losses on a score residual.
+"""The public functional surface: noise injection, guidance, conversions, losses on a score residual, and norms to fuse.
 
     x_t, _ = ops.add_noise(x0, t, schedule, noise)                  # noise = ops.Noise(seed, draw, sample_ids), or a tensor
     pred = unet(x_t, t, text)
@@ -9,129 +9,27 @@ Each is a torch op (`torch.ops.fastsds.*`): torch.compile sees it without a grap
 on the CPU its twin in `fastsds.reference`; TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU.
 """
 
-import dataclasses
-import enum
 import math
 
 import torch
 
-from fastsds import reference
-from fastsds.kernels import launch, philox, score
+from fastsds import arguments, reference
+from fastsds.arguments import FORMS, ORDERS, REDUCTIONS, WEIGHTINGS
+from fastsds.counter import Noise, Purpose, draw
 from fastsds.kernels import noise as _noise
-from fastsds.schedule import alpha_sigma
+from fastsds.kernels import score, sid
+from fastsds.schedule import PREDICTION_TYPES, conversion, target_factors
+from fastsds.schedule import prediction_type as _type
 
-REDUCTIONS = ("batch", "mean", "sum")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
-WEIGHTINGS = ("uniform", "sigma2", "alpha_sigma2", "inverse_snr_root")
-VALUES = ("energy",)
+VALUES = ("energy", "target", "dot")
+NONFINITE = ("propagate", "clamp", "zero", "drop_sample", "raise")
+NORMS = ("sample", "batch", None)
 
-
-class Purpose(enum.IntEnum):
-    """What a random number is for: the top 4 bits of `draw`, so that no two uses share a word."""
-
-    NOISE = 0
-    TIMESTEP = 1
-    CAPTION = 2
-    CROP = 3
-    ORDER = 4
-    DROPOUT = 5
-    RENDER = 6
-
-
-def draw(purpose, visit):
-    """Return `purpose * 2^28 + visit`, the last word of the counter.
-
-    Args:
-        purpose: a `Purpose`, or an int in [0, 16).
-        visit: how often this sample was visited before (epoch * K + k), in [0, 2^28): an int, or an int64 tensor [B] with
-            one visit a sample (then a tensor comes back).
-    Raises: ValueError if either is out of range.
-    """
-    purpose = int(purpose)
-    if not 0 <= purpose < 16:
-        raise ValueError(f"purpose: an int in [0, 16) expected, got {purpose}")
-    if isinstance(visit, torch.Tensor):
-        _integers(visit, "visit")
-        _check_range(visit, "visit", 1 << 28)
-        return visit.to(torch.int64) + (purpose << 28)
-    visit = int(visit)
-    if not 0 <= visit < 1 << 28:
-        raise ValueError(f"visit: an int in [0, 2^28) expected, got {visit}")
-    return purpose << 28 | visit
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Noise:
-    """A counter-based stream of random numbers, one a sample: accepted wherever a noise tensor is, and never stored.
-
-        word = Philox4x32-10(key = seed, counter = (i // 4, id low, id high, draw))[i % 4]
-
-    A sample's numbers depend on (seed, draw, its id, element i in row-major order) alone: not on batch size, batch split,
-    rank, world size, memory layout or device. The same normals come out of `.normal`, `add_noise` and the losses, bit for
-    bit.
-
-    Args:
-        seed: int64 bit pattern, -2^63 <= seed < 2^64.
-        draw: int in [0, 2^32), see `draw()`; or an int64 tensor [B] with one a sample.
-        sample_ids: [B] integers (tensor, list or tuple), any int64 bit pattern. Its device is the stream's.
-    Raises: ValueError for a wrong type, shape, range or device.
-    Source: Salmon et al. 2011 (Philox); Box and Muller 1958.
-    """
-
-    seed: int
-    draw: "int | torch.Tensor"
-    sample_ids: "torch.Tensor | list[int]"
-
-    def __post_init__(self):
-        seed, ids = self.seed, self.sample_ids
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"seed: an int in [-2^63, 2^64) expected, got {seed!r}")
-        object.__setattr__(self, "seed", seed - (1 << 64) if seed >= 1 << 63 else seed)
-        if not isinstance(ids, torch.Tensor):
-            ids = torch.tensor(ids, dtype=torch.int64)
-        _integers(ids, "sample_ids")
-        if ids.ndim != 1:
-            raise ValueError(f"sample_ids: shape [B] expected, got {tuple(ids.shape)}")
-        object.__setattr__(self, "sample_ids", ids.to(torch.int64).contiguous())
-        value = self.draw
-        if not isinstance(value, torch.Tensor):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
-                raise ValueError(f"draw: an int in [0, 2^32) or a tensor [B] expected, got {value!r}")
-            value = torch.full((1,), int(value), dtype=torch.int64, device=ids.device)
-        _integers(value, "draw")
-        if value.shape not in ((1,), ids.shape):
-            raise ValueError(f"draw: shape [1] or [{len(ids)}] expected to match sample_ids, got {tuple(value.shape)}")
-        if value.device != ids.device:
-            raise ValueError(f"draw: on {value.device}, sample_ids on {ids.device}")
-        _check_range(value, "draw", 1 << 32)
-        object.__setattr__(self, "draw", value.to(torch.int64).contiguous())
-
-    def __len__(self):
-        return len(self.sample_ids)
-
-    def to(self, device):
-        """Return the same stream on another device."""
-        return Noise(self.seed, self.draw.to(device), self.sample_ids.to(device))
-
-    def normal(self, shape):
-        """Return standard normals, fp32 [B, *shape]: the noise of samples of that shape. Writes 4 bytes an element."""
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        flat = philox.normal(self.seed, self.draw, self.sample_ids, math.prod(shape))
-        return flat.view(len(self), *shape)
-
-    def words(self, n):
-        """Return the first n raw words of each sample, int64 [B, n] in [0, 2^32)."""
-        return philox.words(self.seed, self.draw, self.sample_ids, n)
-
-    def uniform(self, n):
-        """Return n uniforms a sample, fp32 [B, n] in (0, 1]: ((word >> 8) + 1) * 2^-24."""
-        return ((self.words(n) >> 8) + 1).float() * 2.0**-24
-
-    def randint(self, low, high):
-        """Return one integer a sample, int64 [B] in [low, high): low + (word * (high - low) >> 32)."""
-        if not 0 < high - low <= 1 << 31:
-            raise ValueError(f"randint: low < high <= low + 2^31 expected, got low={low}, high={high}")
-        return low + (self.words(1)[:, 0] * (high - low) >> 32)
+__all__ = [
+    "FORMS", "NONFINITE", "NORMS", "ORDERS", "PREDICTION_TYPES", "REDUCTIONS", "VALUES", "WEIGHTINGS",
+    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "guide", "inject_grad", "min_snr",
+    "power", "sds_loss", "sid_loss",
+]  # fmt: skip
 
 
 def add_noise(x0, t, schedule, noise=None, *, generator=None):
@@ -139,9 +37,10 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
 
         x_t = alpha_t * x0 + sigma_t * eps
 
-    Shapes: x0, x_t and a noise tensor [B, ...], any strides; t int, [1], [B] or [B, 1, ...].
+    Shapes: x0, x_t and a noise tensor [B, ...], any strides; t int, [1], [B], [B, 1, ...], or [B, F] for one timestep a frame
+        of [B, F, C, H, W].
     Args:
-        schedule: alpha-bar tensor, diffusers scheduler, or (alpha, sigma) pair: see `schedule.alpha_sigma`.
+        schedule: alpha-bar tensor, diffusers scheduler, "flow" (t is sigma) or (alpha, sigma) pair: `schedule.alpha_sigma`.
         noise: a tensor, or a `Noise` (made in registers). None draws `torch.randn_like(x0)` from the global stream, or from
             `generator`, so that swapping this call in changes no run.
     Returns: (x_t, noise): x_t in x0's dtype and layout; the noise tensor used, or None if it came from a `Noise`.
@@ -152,7 +51,7 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
     Cost: reads x0 (and a noise tensor), writes x_t.
     Source: Ho et al. 2020, equation 4.
     """
-    _sample(x0, "x0")
+    arguments.sample(x0, "x0")
     if noise is None:
         if generator is None:
             noise = torch.randn_like(x0)
@@ -160,9 +59,61 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
     elif generator is not None:
         raise ValueError("generator: used only when noise is None")
-    eps, seed, draws, ids = _split(noise, x0, "noise")
-    alpha, sigma = _rows(t, schedule, x0, reference.compute_dtype(x0, eps))
+    eps, seed, draws, ids = arguments.split(noise, x0, "noise")
+    alpha, sigma, _ = arguments.levels(t, schedule, x0, reference.compute_dtype(x0, eps))
     return _noise.add_noise(x0, eps, alpha, sigma, seed, draws, ids), eps
+
+
+def guide(pred, scale, order="uncond_first", form="uncond"):
+    """Guide a conditional prediction away from the unconditional one.
+
+        "uncond"  u + s (c - u)        "cond"  c + s (c - u)        "cond_minus_one"  c + (s - 1)(c - u), the same as "uncond"
+
+    Shapes: pred [2B, ...] or a pair of [B, ...]; returns [B, ...].
+    Args:
+        order: which half comes first, "uncond_first" or "cond_first".
+    Returns: the guided prediction in pred's dtype, differentiable; terms beyond the two are the caller's to add.
+    Raises: ValueError naming the argument.
+    Numerics: fp32 arithmetic from the nearer end, one rounding: scale 0 is u and 1 is c exactly ("cond": -1 and 0).
+    Source: Ho and Salimans 2022, equation 6.
+    """
+    base, other, weight = arguments.guidance(pred, scale, order, form)
+    return reference.guide(base, other, weight, reference.compute_dtype(base, other)).to(base.dtype)
+
+
+def convert(pred, x_t, t, schedule, *, source, target):
+    """Convert a prediction of one type to another.
+
+        target = p * pred + q * x_t                  for x_t = alpha x0 + sigma eps: see `schedule.conversion`
+
+    Shapes: pred, x_t [B, ...]; t as in `add_noise`.
+    Args:
+        source, target: "epsilon" ("eps"), "v_prediction" ("v"), "sample" ("x0") or "flow".
+    Returns: the prediction in pred's dtype, differentiable in pred and x_t.
+    Raises: ValueError naming the argument.
+    Numerics: fp32 arithmetic (float64 if a tensor is), one rounding.
+    Source: Salimans and Ho 2022, appendix D.
+    """
+    arguments.sample(pred, "pred")
+    arguments.matching(x_t, pred, "x_t")
+    source, target = _type(source, "source"), _type(target, "target")
+    if source == target:
+        return pred
+    dtype = reference.compute_dtype(pred, x_t)
+    alpha, sigma, _ = arguments.levels(t, schedule, pred, dtype)
+    p, q = (reference.rows(v, pred) for v in conversion(source, target, alpha, sigma))
+    return (p * pred.to(dtype) + q * x_t.to(dtype)).to(pred.dtype)
+
+
+def power(p, q):
+    """Return the weighting w = alpha^p sigma^q."""
+    return lambda alpha, sigma: alpha**p * sigma**q
+
+
+def min_snr(gamma, prediction_type="epsilon"):
+    """Return the weighting min(SNR, gamma) of the squared error of x0, in the space of a prediction (Hang et al. 2023)."""
+    gamma, kind = arguments.number(gamma, "gamma", 0, above=True), _type(prediction_type)
+    return lambda alpha, sigma: arguments.min_snr(alpha, sigma, gamma, kind)
 
 
 def denoising_loss(
@@ -186,9 +137,10 @@ def denoising_loss(
     Args:
         noise: the tensor or `Noise` given to `add_noise`; may be None for "sample" with x0.
         x0, x_t: give one of them for every prediction type but "epsilon"; from x_t, x0 is (x_t - sigma eps) / alpha.
-        weighting: w_b: "uniform" 1, "sigma2" sigma^2, "alpha_sigma2" alpha sigma^2, "inverse_snr_root" sigma / alpha, or a
-            tensor [B].
-        reduction: the denominator: "mean" the number of elements, "batch" B, "sum" 1.
+        weighting: w_b: "uniform" 1, "sigma2" sigma^2, "alpha_sigma2" alpha sigma^2, "inverse_snr_root" sigma / alpha, "snr"
+            alpha^2 / sigma^2, "min_snr" (gamma 5, in pred's space), a callable (alpha, sigma) -> w such as `power(p, q)` and
+            `min_snr(gamma)`, or a tensor [B], or of t's shape. The arguments of a callable are [R], one value a timestep.
+        reduction: the denominator: "mean" the number of elements, "batch" B, "sum" 1, "spatial" H W, or a number.
     Returns: L, fp32 (float64 for float64 inputs). Differentiable in pred, x0, x_t and a noise tensor, not in w.
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic; each gradient is rounded once, to its tensor's dtype. Zero residual gives exactly zero.
@@ -196,182 +148,245 @@ def denoising_loss(
         nothing.
     Source: Ho et al. 2020, equation 14; Salimans and Ho 2022 (v).
     """
-    _sample(pred, "pred")
-    _choice(prediction_type, PREDICTION_TYPES, "prediction_type")
+    arguments.sample(pred, "pred")
+    prediction_type = _type(prediction_type)
     y, from_x0 = None, x0 is not None
     if prediction_type != "epsilon":
         if (x0 is None) == (x_t is None):
             raise ValueError(f"x0, x_t: give one of them: the target of {prediction_type!r} is not a function of noise alone")
         y = x0 if from_x0 else x_t
-        _matching(y, pred, "x0" if from_x0 else "x_t")
+        arguments.matching(y, pred, "x0" if from_x0 else "x_t")
     if noise is None:
         if prediction_type != "sample" or not from_x0:
             raise ValueError(f"noise: required for prediction_type {prediction_type!r}")
         noise = x0.detach()  # its factor is zero
-    eps, seed, draws, ids = _split(noise, pred, "noise")
+    if isinstance(weighting, str) and weighting.startswith("x0_error"):
+        raise ValueError(f"weighting: {weighting!r} normalises an injected gradient (sds_loss, dmd_loss), not a true loss")
+    eps, seed, draws, ids = arguments.split(noise, pred, "noise")
     dtype = reference.compute_dtype(pred, y, eps)
-    alpha, sigma = _rows(t, schedule, pred, dtype)
-    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-    # target = a * eps - q * y
-    if prediction_type == "epsilon":
-        a, q = one, zero
-    elif prediction_type == "v_prediction":
-        a, q = (alpha, sigma) if from_x0 else (alpha + sigma * sigma / alpha, sigma / alpha)
-    elif prediction_type == "sample":
-        a, q = (zero, -one) if from_x0 else (-sigma / alpha, -1 / alpha)
-    else:
-        a, q = (one, one) if from_x0 else (1 + sigma / alpha, 1 / alpha)
-    k = _weights(weighting, alpha, sigma) / _denominator(reduction, pred)
-    factors = torch.stack([one, q, a, k])
-    return score.denoising_energy(_savable(pred), _savable(y), eps, factors, seed, draws, ids)
+    alpha, sigma, lead = arguments.levels(t, schedule, pred, dtype, weighting)
+    e, x = target_factors(prediction_type, alpha, sigma)  # target = e eps + x x0
+    if y is not None and not from_x0:  # x0 = (x_t - sigma eps) / alpha
+        e, x = e - x * sigma / alpha, x / alpha
+    k = arguments.weights(weighting, alpha, sigma, pred, lead, prediction_type) / arguments.denominator(reduction, pred)
+    factors = torch.stack([torch.ones_like(alpha), -x, e, k])
+    return score.denoising_energy(arguments.savable(pred), arguments.savable(y), eps, factors, seed, draws, ids)
 
 
 def sds_loss(
-    x0, pred, ref, t, schedule, *, x_t=None, prediction_type="epsilon", weighting="uniform", reduction="batch",
-    value="energy", return_grad=False,
+    x0, pred, ref, t, schedule, *, x_t=None, guidance_scale=None, order="uncond_first", form="uncond",
+    prediction_type="epsilon", ref_prediction_type="epsilon", weighting="uniform", clip=None, nonfinite="propagate",
+    reduction="batch", value="energy", return_grad=False,
 ):  # fmt: skip
     """Score distillation: inject a residual of scores as the gradient of x0, without a network's Jacobian.
 
-        dL/dx0 = w_b * (eps_hat - ref) / denominator,     L = 1/2 * sum_b w_b * sum_i (eps_hat - ref)_bi^2 / denominator
+        g = clip(w_b (eps_hat - ref)),      dL/dx0 = g / denominator
 
     Shapes: x0, pred, x_t and a ref tensor [B, ...], any strides; t as in `add_noise`; L scalar.
     Args:
-        pred: the teacher's (guided) prediction at x_t; no gradient flows into it. It is converted to eps_hat first.
-        ref: what is subtracted: the noise itself, a tensor or `Noise` (SDS); another prediction of epsilon (VSD, CSD, DDS).
-        x_t: required for every prediction type but "epsilon", whose conversion reads it.
-        prediction_type: "epsilon", "v_prediction", "sample" or "flow".
-        weighting: w_b, as in `denoising_loss`.
-        reduction: the denominator: "batch" B, "mean" the number of elements, "sum" 1.
-        value: what L reports; "energy" as above. The value is not what is minimised: the gradient is.
+        pred: the teacher's prediction at x_t; no gradient flows into it. It is converted to eps_hat first.
+        ref: what is subtracted: the noise itself, a tensor or `Noise` (SDS); another prediction: an adapter's (VSD), the
+            unconditional one (CSD), the reference branch's (DDS), of type `ref_prediction_type`.
+        x_t: required for every prediction type but "epsilon", whose conversion reads it, and for "x0_error" weightings.
+        guidance_scale, order, form: pred is [2B, ...] or a pair of predictions and is guided first: see `guide`.
+        weighting: w_b, as in `denoising_loss` ("min_snr" in the space of epsilon); or "x0_error" 1 / mean|x0 - x0_hat|,
+            the mean over each sample, or over the batch ("x0_error_batch").
+        clip: bound of |g|. nonfinite: of w (eps_hat - ref), "propagate"; "clamp" NaN to 0 and infinities to the largest
+            number of x0's dtype; "zero" both to 0; "drop_sample" the whole sample to 0; "raise" FloatingPointError (this
+            one reads the result back from the device).
+        reduction: the denominator: "batch" B, "mean" the number of elements, "sum" 1, "spatial" H W, or a number.
+        value: what L reports: "energy" 1/2 sum g (eps_hat - ref), "target" 1/2 sum g^2, "dot" sum g x0, each over the
+            denominator. The value is not what is minimised: the gradient is.
         return_grad: also return dL/dx0 (for an upstream gradient of 1).
     Returns: L, or (L, gradient in x0's dtype). L is fp32 (float64 for float64 inputs); the upstream gradient is honoured.
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic, one rounding to x0's dtype, upstream gradient included: nothing is lost to x - (x - g).
-    Cost: forward reads pred, backward reads pred and writes the gradient; plus the tensors given. eps of a `Noise` is
-        regenerated, never stored. Tensors made under inference_mode are cloned, as autograd cannot save them.
-    Source: Poole et al. 2022 (DreamFusion), equation 3.
+    Cost: forward reads pred (both halves), backward reads it again and writes the gradient; plus the tensors given. eps of a
+        `Noise` is regenerated, never stored. "x0_error" and "drop_sample" read once more. Tensors made under
+        inference_mode are cloned, as autograd cannot save them.
+    Source: Poole et al. 2022 (DreamFusion), equation 3; Wang et al. 2023 (VSD, arXiv 2305.16213); Yu et al.
+        2023 (CSD, arXiv 2310.19415); Hertz et al. 2023 (DDS, arXiv 2304.07090).
     """
-    _sample(x0, "x0")
-    _matching(pred, x0, "pred")
-    _choice(prediction_type, PREDICTION_TYPES, "prediction_type")
-    _choice(value, VALUES, "value")
+    arguments.sample(x0, "x0")
+    kind, ref_kind = _type(prediction_type), _type(ref_prediction_type, "ref_prediction_type")
+    arguments.choice(value, VALUES, "value")
+    arguments.choice(nonfinite, NONFINITE, "nonfinite")
+    clip = math.inf if clip is None else arguments.number(clip, "clip", 0)
+    other, guidance = None, 0.0
+    if guidance_scale is not None:
+        pred, other, guidance = arguments.guidance(pred, guidance_scale, order, form)
+    arguments.matching(pred, x0, "pred")
+    normalised = isinstance(weighting, str) and weighting.startswith("x0_error")
     y = None
-    if prediction_type != "epsilon":
+    if kind != "epsilon" or ref_kind != "epsilon" or normalised:
         if x_t is None:
-            raise ValueError(f"x_t: required to convert a prediction of type {prediction_type!r} to epsilon")
-        y = x_t.detach()
-        _matching(y, x0, "x_t")
-    eps, seed, draws, ids = _split(ref, x0, "ref")
-    eps = None if eps is None else eps.detach()
-    pred = pred.detach()
-    alpha, sigma = _rows(t, schedule, x0, reference.compute_dtype(x0, pred, y, eps))
-    one = torch.ones_like(alpha)
-    # eps_hat = p * pred + q * x_t
-    if prediction_type == "epsilon":
-        p, q = one, torch.zeros_like(alpha)
-    elif prediction_type == "v_prediction":
-        norm = alpha * alpha + sigma * sigma
-        p, q = alpha / norm, sigma / norm
-    elif prediction_type == "sample":
-        p, q = -alpha / sigma, 1 / sigma
+            why = f"weighting {weighting!r} compares x0 with x0_hat" if normalised else "only epsilon is compared as it is"
+            raise ValueError(f"x_t: required to convert a prediction of type {kind!r} (ref: {ref_kind!r}): {why}")
+        y = arguments.savable(x_t.detach())
+        arguments.matching(y, x0, "x_t")
+    eps, seed, draws, ids = arguments.split(ref, x0, "ref")
+    if eps is None and ref_kind != "epsilon":
+        raise ValueError(f"ref_prediction_type: a Noise is epsilon, got {ref_kind!r}")
+    pred, other, eps = (None if v is None else arguments.savable(v.detach()) for v in (pred, other, eps))
+    dtype = reference.compute_dtype(x0, pred, other, y, eps)
+    alpha, sigma, lead = arguments.levels(t, schedule, x0, dtype, None if normalised else weighting)
+    (p, q), (a, b) = (conversion(source, "epsilon", alpha, sigma) for source in (kind, ref_kind))
+    if normalised:
+        to_x0 = torch.stack([*conversion(kind, "sample", alpha, sigma), *torch.ones_like(alpha).expand(2, -1)])
+        clean = arguments.savable(x0.detach())
+        sums = score.sample_sums(pred, other, y, clean, to_x0, 0, None, None, guidance, True)
+        w = _inverse_mean(sums, x0, "sample" if weighting == "x0_error" else "batch").expand(len(x0))
+        w = w[:, None].expand(-1, len(alpha) // len(x0)).reshape(-1)
     else:
-        p, q = alpha / (alpha + sigma), 1 / (alpha + sigma)
-    k = _weights(weighting, alpha, sigma) / _denominator(reduction, x0)
-    factors = torch.stack([p, q, one, k])
-    pred, y = _savable(pred), _savable(y)
-    loss = score.sds_energy(x0, pred, y, eps, factors, seed, draws, ids)
+        w = arguments.weights(weighting, alpha, sigma, x0, lead)
+    factors = torch.stack([p, q - b, a, w])
+    if kind == ref_kind == "epsilon":
+        y = None
+    stream = (seed, draws, ids)
+    if nonfinite in ("drop_sample", "raise"):
+        finite = score.sample_sums(pred, other, y, eps, factors, *stream, guidance, True).isfinite()
+        finite = finite & w.view(len(x0), -1).isfinite().all(1)
+        if nonfinite == "raise" and not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise FloatingPointError(f"sds_loss: pred, ref or the weight is not finite in samples {bad} of the batch")
+        kept = torch.where(finite[:, None], w.view(len(x0), -1), 0.0).reshape(-1)
+        factors = torch.stack([p, q - b, a, kept])
+    return _inject(
+        x0, pred, other, y, eps, factors, stream, guidance, clip, nonfinite, value, arguments.denominator(reduction, x0),
+        return_grad,
+    )  # fmt: skip
+
+
+def dmd_loss(
+    x, x0_real, x0_fake, *, norm="sample", eps=0.0, floor=None, scale=None, mask=None, nonfinite="propagate",
+    reduction="mean", value="target", return_grad=False,
+):  # fmt: skip
+    """Distribution matching distillation: push x from what the fake score sees to what the real one sees.
+
+        g = scale_b (x0_fake - x0_real) / n_b,   n_b = max(mean|x - x0_real| + eps, floor),   dL/dx = g / denominator
+
+    Shapes: x, x0_real, x0_fake [B, ...], any strides; L scalar.
+    Args:
+        norm: the mean over each sample ("sample"), over the batch ("batch"), or n = 1 (None).
+        scale: a number, or a tensor [B] or [B, F]. mask: bool, [B], [B, F] or any shape that broadcasts from the left: False
+            takes no gradient, and "mean" divides by the elements kept.
+        nonfinite: "propagate", "clamp" or "zero", as in `sds_loss`.
+        reduction: the denominator, as in `sds_loss`. value: "target" 1/2 sum g^2, "dot" sum g x, each over the denominator.
+    Returns: L, or (L, gradient in x's dtype). No gradient flows into x0_real and x0_fake.
+    Raises: ValueError naming the argument.
+    Numerics: fp32 arithmetic, float64 for float64 inputs; one rounding. Where x equals x0_real, n is the smallest normal
+        number rather than 0.
+    Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient.
+    Source: Yin et al. 2024 (DMD, arXiv 2311.18828), equations 7 and 8.
+    """
+    arguments.sample(x, "x")
+    for v, name in ((x0_real, "x0_real"), (x0_fake, "x0_fake")):
+        arguments.matching(v, x, name)
+    if norm not in NORMS:
+        raise ValueError(f"norm: one of {', '.join(map(repr, NORMS))} expected, got {norm!r}")
+    arguments.choice(nonfinite, ("propagate", "clamp", "zero"), "nonfinite")
+    arguments.choice(value, ("target", "dot"), "value")
+    clean, real, fake = (arguments.savable(v.detach()) for v in (x, x0_real, x0_fake))
+    dtype = reference.compute_dtype(x, real, fake)
+    w = torch.ones(len(x), dtype=dtype, device=x.device)
+    if norm is not None:
+        one = torch.ones_like(w)
+        factors = torch.stack([one, torch.zeros_like(w), one, one])
+        sums = score.sample_sums(clean, None, None, real, factors, 0, None, None, 0.0, True)
+        floor = 0.0 if floor is None else arguments.number(floor, "floor", 0)
+        w = _inverse_mean(sums, x, norm, arguments.number(eps, "eps", 0), floor).expand(len(x))
+    if scale is not None:
+        if isinstance(scale, torch.Tensor):
+            scale = arguments.left_aligned(scale.detach().to(dtype), x, "scale")
+            lead = arguments.lead_axes(scale)
+            w = arguments.rows(arguments.left_aligned(w, x, "w"), x, lead) * arguments.rows(scale, x, lead)
+        else:
+            w = w * arguments.number(scale, "scale")
+    count = arguments.denominator(reduction, x)
+    if mask is not None:
+        kept = _mask(mask, x)
+        real, fake = (torch.where(kept, v, 0.0) for v in (real, fake))
+        count = kept.sum().to(dtype) if reduction == "mean" else count
+    factors = torch.stack([torch.ones_like(w), torch.zeros_like(w), torch.ones_like(w), w])
+    return _inject(
+        x, fake, None, None, real, factors, (0, None, None), 0.0, math.inf, nonfinite, value, count, return_grad
+    )  # fmt: skip
+
+
+def sid_loss(x, x0_real, x0_fake, *, alpha=1.0, floor=1e-5, reduction="sum"):
+    """Score identity distillation, with the true gradient into all three.
+
+        L = sum_b w_b sum_i d (e - alpha d) / denominator,   d = x0_real - x0_fake,   e = x0_real - x,
+        w_b = 1 / max(mean|x - x0_real|, floor), without gradient
+
+    Shapes: x, x0_real, x0_fake [B, ...], any strides; L scalar.
+    Args:
+        reduction: the denominator: "sum" 1, "batch" B, "mean" the number of elements, "spatial" H W, or a number.
+    Returns: L, fp32 (float64 for float64 inputs), differentiable in x, x0_real and x0_fake.
+    Raises: ValueError naming the argument.
+    Numerics: fp32 arithmetic, one rounding of each gradient.
+    Cost: forward reads x and x0_real twice, x0_fake once; backward reads all three and writes three gradients.
+    Source: Zhou et al. 2024 (SiD, arXiv 2404.04057).
+    """
+    arguments.sample(x, "x")
+    for v, name in ((x0_real, "x0_real"), (x0_fake, "x0_fake")):
+        arguments.matching(v, x, name)
+    x, x0_real, x0_fake = (arguments.savable(v) for v in (x, x0_real, x0_fake))
+    dtype = reference.compute_dtype(x, x0_real, x0_fake)
+    one = torch.ones(len(x), dtype=dtype, device=x.device)
+    factors = torch.stack([one, torch.zeros_like(one), one, one])
+    sums = score.sample_sums(x.detach(), None, None, x0_real.detach(), factors, 0, None, None, 0.0, True)
+    w = _inverse_mean(sums, x, "sample", 0.0, arguments.number(floor, "floor", 0))
+    return sid.sid_energy(x, x0_real, x0_fake, w / arguments.denominator(reduction, x), arguments.number(alpha, "alpha"))
+
+
+def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
+    """Give x a gradient that is already known.
+
+        dL/dx = grad / denominator,   L = sum grad x / denominator ("dot"), or 1/2 sum grad^2 / denominator ("target")
+
+    Shapes: x, grad [B, ...], any strides; L scalar.
+    Args:
+        reduction: the denominator, as in `sds_loss`. mask: as in `dmd_loss`.
+    Returns: L, fp32 (float64 for float64 inputs); the upstream gradient is honoured, no gradient flows into grad.
+    Raises: ValueError naming the argument.
+    Numerics: one rounding to x's dtype, upstream gradient and denominator included.
+    Cost: forward reads grad (and x for "dot"), backward reads grad and writes the gradient.
+    """
+    arguments.sample(x, "x")
+    arguments.matching(grad, x, "grad")
+    arguments.choice(value, ("dot", "target"), "value")
+    grad, count = arguments.savable(grad.detach()), arguments.denominator(reduction, x)
+    dtype = reference.compute_dtype(x, grad)
+    if mask is not None:
+        kept = _mask(mask, x)
+        grad = torch.where(kept, grad, 0.0)
+        count = kept.sum().to(dtype) if reduction == "mean" else count
+    factors = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=x.device)[:, None].expand(4, len(x)).contiguous()
+    return _inject(x, grad, None, None, None, factors, (0, None, None), 0.0, math.inf, "propagate", value, count, False)
+
+
+def _inject(x, pred, other, y, eps, factors, stream, guidance, clip, nonfinite, value, count, return_grad):
+    """The value over `count` with its injected gradient; and the gradient itself, if asked."""
+    if nonfinite == "clamp":
+        clip = min(clip, torch.finfo(x.dtype).max)
+    policy = {"drop_sample": "zero", "raise": "propagate"}.get(nonfinite, nonfinite)
+    args = (pred, other, y, eps, factors, *stream, guidance, clip, policy)
+    loss = score.sds_value(x, *args, value) / count
     if not return_grad:
         return loss
-    scale = torch.ones_like(loss.detach())
-    layout = score.is_channels_last(x0)
-    return loss, score.residual_gradient(pred, y, eps, factors, seed, draws, ids, scale, x0.dtype, layout)
+    scale = torch.ones_like(loss.detach()) / count
+    return loss, score.residual_gradient(*args, scale, x.dtype, score.is_channels_last(x))
 
 
-def _rows(t, schedule, x, dtype):
-    """alpha, sigma as [B] in the arithmetic's dtype."""
-    like = x if dtype == x.dtype else x.new_empty((), dtype=dtype).expand(x.shape)
-    factors = alpha_sigma(schedule, t, like)
-    for v in factors:
-        if v.numel() != v.shape[0]:
-            raise ValueError(f"t: one timestep a sample expected, [B] or [B, 1, ...], got factors of shape {tuple(v.shape)}")
-    return tuple(v.reshape(-1).expand(x.shape[0]).contiguous() for v in factors)
+def _inverse_mean(sums, x, norm, eps=0.0, floor=0.0):
+    """1 / max(mean + eps, floor) from each sample's sum, one a sample [B] or one for the batch [1]."""
+    mean = sums / (x.numel() // len(x)) if norm == "sample" else sums.sum()[None] / x.numel()
+    return 1.0 / (mean + eps).clamp(min=max(floor, arguments.TINY))
 
 
-def _weights(weighting, alpha, sigma):
-    if isinstance(weighting, torch.Tensor):
-        if weighting.numel() not in (1, len(alpha)) or not weighting.is_floating_point():
-            raise ValueError(
-                f"weighting: a float tensor [{len(alpha)}] expected, got {weighting.dtype} {tuple(weighting.shape)}"
-            )
-        if weighting.device != alpha.device:
-            raise ValueError(f"weighting: on {weighting.device}, the samples on {alpha.device}")
-        return weighting.detach().to(alpha.dtype).reshape(-1).expand(len(alpha))
-    _choice(weighting, WEIGHTINGS, "weighting")
-    if weighting == "uniform":
-        return torch.ones_like(alpha)
-    if weighting == "sigma2":
-        return sigma * sigma
-    if weighting == "alpha_sigma2":
-        return alpha * sigma * sigma
-    return sigma / alpha
-
-
-def _denominator(reduction, x):
-    _choice(reduction, REDUCTIONS, "reduction")
-    return {"batch": x.shape[0], "mean": x.numel(), "sum": 1}[reduction]
-
-
-def _choice(value, allowed, name):
-    if value not in allowed:
-        raise ValueError(f"{name}: one of {', '.join(map(repr, allowed))} expected, got {value!r}")
-
-
-def _sample(x, name):
-    if not isinstance(x, torch.Tensor) or x.dtype not in launch.DTYPES:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{name}: a tensor of fp16, bf16, fp32 or fp64 expected, got {got}")
-    if x.ndim < 1 or x.numel() == 0:
-        raise ValueError(f"{name}: shape [B, ...] without empty axes expected, got {tuple(x.shape)}")
-
-
-def _matching(v, x, name):
-    _sample(v, name)
-    if v.shape != x.shape:
-        raise ValueError(f"{name}: shape {tuple(x.shape)} expected, got {tuple(v.shape)}")
-    if v.device != x.device:
-        raise ValueError(f"{name}: on {v.device}, expected on {x.device}")
-
-
-def _split(noise, x, name):
-    """(eps, seed, draw, ids): a noise tensor, or the arguments of a stream."""
-    if not isinstance(noise, Noise):
-        if not isinstance(noise, torch.Tensor):
-            raise ValueError(f"{name}: a tensor or a Noise expected, got {type(noise).__name__}")
-        _matching(noise, x, name)
-        return _savable(noise), 0, None, None
-    if len(noise) != x.shape[0]:
-        raise ValueError(f"{name}: {len(noise)} sample_ids for a batch of {x.shape[0]}")
-    if noise.sample_ids.device != x.device:
-        raise ValueError(f"{name}: stream on {noise.sample_ids.device}, samples on {x.device}; use noise.to({str(x.device)!r})")
-    return None, noise.seed, _savable(noise.draw), _savable(noise.sample_ids)
-
-
-def _savable(v):
-    """Autograd refuses to save inference tensors: clone those, and only those."""
-    if v is None or torch.compiler.is_compiling() or not v.is_inference() or torch.is_inference_mode_enabled():
-        return v
-    return v.clone()
-
-
-def _integers(v, name):
-    if v.is_floating_point() or v.is_complex() or v.dtype == torch.bool:
-        raise ValueError(f"{name}: integers expected, got {v.dtype}")
-
-
-def _check_range(v, name, high):
-    """0 <= v < high, checked where it costs no synchronisation."""
-    if v.device.type != "cpu" or torch.compiler.is_compiling() or v.numel() == 0:
-        return
-    low, top = (int(e) for e in torch.aminmax(v))
-    if low < 0 or top >= high:
-        raise ValueError(f"{name}: values in [0, {high}) expected, got {low}..{top}")
+def _mask(mask, x):
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"mask: a bool tensor expected, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    mask = arguments.left_aligned(mask, x, "mask")
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim)).expand(x.shape)

@@ -4,11 +4,12 @@ Arithmetic is fp32, or float64 as soon as one of the tensors is float64, with on
 always computed in fp32 and then widened, by the same operations in the same order as in `kernels/philox.py`: no fused
 multiply-add, no library logarithm or cosine, so the two agree bit for bit.
 
-Row arguments, shared by all twins: B samples; alpha, sigma, scale: [B]; `factors`: [4, B] with rows p, q, a, k of
+Row arguments, shared by all twins: alpha, sigma, scale: [R]; `factors`: [4, R] with rows p, q, a, k of
 
-    r = p * pred + q * y - a * eps,        energy = sum_b k_b * sum_i r_bi^2
+    r = p * (pred + guide * (pred - other)) + q * y - a * eps
 
-where y is optional and eps is either a tensor or, when it is None, the stream (seed, draw, ids).
+R is the number of samples B, or of more leading axes: frames of a video [B, F, C, H, W] with R = B * F. `other`, y and eps
+may be None; eps of a stream (seed, draw, ids) is made by `resolve_noise`.
 """
 
 import math
@@ -101,13 +102,16 @@ def compute_dtype(*tensors):
 
 
 def rows(v, like):
-    """[B] -> [B, 1, ..., 1] with like's rank."""
-    return v.reshape(-1, *(1,) * (like.ndim - 1))
+    """[R] -> one value for each of like's first axes that together have R elements: [B, 1, ...], [B, F, 1, ...]."""
+    lead = 1
+    while math.prod(like.shape[:lead]) < v.numel():
+        lead += 1
+    return v.reshape(*like.shape[:lead], *(1,) * (like.ndim - lead))
 
 
 def resolve_noise(like, eps, draw, ids, seed):
-    """eps itself, or the stream's normals in like's shape (fp32)."""
-    if eps is not None:
+    """eps itself, or the stream's normals in like's shape (fp32), or None where there is neither."""
+    if eps is not None or ids is None:
         return eps
     return normal(seed, draw, ids, math.prod(like.shape[1:])).view(like.shape)
 
@@ -119,35 +123,67 @@ def add_noise(x0, eps, alpha, sigma):
 
 
 def scale_rows(x, scale):
-    """scale * x with one factor a sample, in x's dtype."""
+    """scale * x with one factor a row, in x's dtype."""
     dtype = compute_dtype(x)
     return (rows(scale, x).to(dtype) * x.to(dtype)).to(x.dtype)
 
 
-def residual(pred, y, eps, factors):
-    """r = p * pred + q * y - a * eps, unrounded; differentiable in pred, y and eps."""
-    dtype = compute_dtype(pred, y, eps, factors)
+def guide(pred, other, weight, dtype):
+    """pred + weight * (pred - other), unrounded; pred itself where there is no other."""
+    pred = pred.to(dtype)
+    return pred if other is None else pred + weight * (pred - other.to(dtype))
+
+
+def residual(pred, y, eps, factors, other=None, weight=0.0):
+    """r = p * guided pred + q * y - a * eps, unrounded; differentiable in pred, y and eps."""
+    dtype = compute_dtype(pred, other, y, eps, factors)
     p, q, a, _ = (rows(v, pred) for v in factors.to(dtype))
-    r = p * pred.to(dtype)
+    r = p * guide(pred, other, weight, dtype)
     if y is not None:
         r = r + q * y.to(dtype)
-    return r - a * eps.to(dtype)
+    return r if eps is None else r - a * eps.to(dtype)
 
 
 def energy(pred, y, eps, factors):
-    """sum_b k_b * sum_i r_bi^2, a scalar; differentiable in pred, y and eps. What denoising_loss returns."""
+    """sum k r^2, a scalar; differentiable in pred, y and eps. What denoising_loss returns."""
     r = residual(pred, y, eps, factors)
     return (r * r * rows(factors[3].to(r.dtype), r)).sum()
 
 
-def residual_gradient(pred, y, eps, factors, scale, dtype):
-    """scale * k * r in the given dtype: the gradient that sds_loss puts on x0, for an upstream gradient `scale`."""
-    r = residual(pred, y, eps, factors)
-    return (scale.to(r.dtype) * rows(factors[3].to(r.dtype), r) * r).to(dtype)
+def sample_sums(pred, y, eps, factors, other=None, weight=0.0, absolute=True):
+    """[B]: each sample's sum of |r|, or of k r^2."""
+    r = residual(pred, y, eps, factors, other, weight)
+    return (r.abs() if absolute else r * r * rows(factors[3].to(r.dtype), r)).flatten(1).sum(1)
+
+
+def score(pred, y, eps, factors, other=None, weight=0.0, clip=math.inf, nonfinite="propagate"):
+    """(g, r) with g = clip(k r), unrounded.
+
+    nonfinite: "propagate"; "zero" puts 0 where k r is NaN or infinite, in both; "clamp" where it is NaN, and leaves
+    infinities to clip.
+    """
+    r = residual(pred, y, eps, factors, other, weight)
+    g = rows(factors[3].to(r.dtype), r) * r
+    if nonfinite != "propagate":
+        bad = g.isnan() if nonfinite == "clamp" else ~g.isfinite()
+        g, r = (v.masked_fill(bad, 0.0) for v in (g, r))
+    return g.clamp(-clip, clip), r
+
+
+def residual_gradient(pred, y, eps, factors, scale, dtype, **how):
+    """scale * g in the given dtype: what sds_loss puts on x0, for the upstream gradient that `scale` holds."""
+    g, _ = score(pred, y, eps, factors, **how)
+    return (scale.to(g.dtype) * g).to(dtype)
+
+
+def sds_value(x0, pred, y, eps, factors, value="energy", **how):
+    """sum g r / 2 ("energy"), sum g^2 / 2 ("target") or sum g x0 ("dot"): what sds_loss reports."""
+    g, r = score(pred, y, eps, factors, **how)
+    return {"energy": lambda: 0.5 * g * r, "target": lambda: 0.5 * g * g, "dot": lambda: g * x0.to(g.dtype)}[value]().sum()
 
 
 def sds_loss(x0, pred, y, eps, factors):
-    """1/2 sum_b k_b * sum_i r_bi^2 as the value, k * r as the gradient in x0 and in nothing else."""
+    """The energy as the value, k * r as the gradient in x0 and in nothing else."""
     return _Inject.apply(x0, pred.detach(), y, eps, factors)
 
 
@@ -156,8 +192,25 @@ class _Inject(torch.autograd.Function):
     def forward(ctx, x0, pred, y, eps, factors):
         ctx.save_for_backward(pred, y, eps, factors)
         ctx.dtype = x0.dtype
-        return 0.5 * energy(pred, y, eps, factors)
+        return sds_value(x0, pred, y, eps, factors)
 
     @staticmethod
     def backward(ctx, upstream):
         return residual_gradient(*ctx.saved_tensors, upstream, ctx.dtype), None, None, None, None
+
+
+def sid_energy(x, real, fake, weight, alpha):
+    """sum_b w_b sum_i d (e - alpha d) with d = real - fake, e = real - x: a scalar, differentiable in all three."""
+    dtype = compute_dtype(x, real, fake, weight)
+    x, real, fake = (v.to(dtype) for v in (x, real, fake))
+    d = real - fake
+    return (rows(weight.to(dtype), x) * d * (real - x - alpha * d)).sum()
+
+
+def sid_gradients(x, real, fake, weight, alpha, scale):
+    """The three gradients of `scale * sid_energy`, each in its tensor's dtype."""
+    dtype = compute_dtype(x, real, fake, weight)
+    d, e = real.to(dtype) - fake.to(dtype), real.to(dtype) - x.to(dtype)
+    w = scale.to(dtype) * rows(weight.to(dtype), x)
+    found = (-w * d, w * (e + (1 - 2 * alpha) * d), w * (2 * alpha * d - e))
+    return tuple(g.to(v.dtype) for g, v in zip(found, (x, real, fake)))

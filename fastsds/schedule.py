@@ -7,18 +7,26 @@ refused: bf16 alone would move alpha by up to 0.6 %, and half of all timesteps b
 import torch
 
 HALF = (torch.float16, torch.bfloat16)
+EULER_FAMILY = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolverSDE")  # diffusers' schedulers with x_t = x0 + sigma eps
+# diffusers' names of what a network predicts, and the short names in use beside them
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+ALIASES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow_prediction": "flow"}
 
 
 def alpha_sigma(schedule, t, like):
     """Return the two factors of `x_t = alpha * x0 + sigma * eps`.
 
-        alpha = sqrt(abar[t]),  sigma = sqrt(1 - abar[t])        (alpha = 1 - sigma for a flow-matching scheduler)
+        alpha-bar tensor, DDPM, DDIM, ...    alpha = sqrt(abar[t]),  sigma = sqrt(1 - abar[t])
+        Euler, Heun, LMS, ...                alpha = 1,              sigma = sqrt((1 - abar[t]) / abar[t])
+        flow-matching scheduler              alpha = 1 - sigma,      sigma = t / num_train_timesteps
+        "flow"                               alpha = 1 - t,          sigma = t
 
     Args:
-        schedule: a 1-D alpha-bar tensor (also called `alphas_cumprod`), a diffusers scheduler, or a pair
-            `(alpha, sigma)` of numbers or tensors, which are taken as the values themselves (t is then not read).
+        schedule: a 1-D alpha-bar tensor (also called `alphas_cumprod`), a diffusers scheduler (each by its own `add_noise`:
+            give an Euler scheduler's `alphas_cumprod` for the variance-preserving form), "flow", or a pair `(alpha, sigma)`
+            of numbers or tensors, which are taken as the values themselves (t is then not read).
         t: int, or integer tensor [1], [B], [B, 1, 1, 1] or with more leading axes such as [B, F]. Float timesteps are
-            accepted only by flow-matching schedulers (sigma = t / num_train_timesteps).
+            accepted by flow matching, and by Euler's family, which interpolates sigma.
         like: the sample x0 [B, ...]; gives device, rank and arithmetic (float64 if it is float64, else fp32).
 
     Returns: (alpha, sigma), each broadcastable to `like`: t's own axes first, then ones.
@@ -38,14 +46,58 @@ def alpha_sigma(schedule, t, like):
     if table.ndim != 1:
         raise ValueError(f"schedule: expected a 1-D alpha-bar tensor, got shape {tuple(table.shape)}")
     t = _timesteps(t, like)
+    table = table.to(like.device, dtype, non_blocking=True)
+    if any(base.__name__.startswith(EULER_FAMILY) for base in type(schedule).__mro__):
+        return _euler(schedule, table, t, like)
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t: an alpha-bar schedule is indexed by integers, got dtype {t.dtype}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(t)) if t.numel() else (0, 0)
-        if low < 0 or high >= len(table):
-            raise ValueError(f"t: values must lie in [0, {len(table)}), got {low}..{high}")
-    abar = table.to(like.device, dtype, non_blocking=True)[t.to(like.device, torch.int64, non_blocking=True)]
+    _check_range(t, 0, len(table) - 1)
+    abar = table[t.to(like.device, torch.int64, non_blocking=True)]
     return abar.sqrt(), (1 - abar).sqrt()
+
+
+def prediction_type(name, argument="prediction_type"):
+    """Return the full name of a prediction type; ValueError if it is none."""
+    name = ALIASES.get(name, name)
+    if name not in PREDICTION_TYPES:
+        known = ", ".join(map(repr, (*PREDICTION_TYPES, *ALIASES)))
+        raise ValueError(f"{argument}: one of {known} expected, got {name!r}")
+    return name
+
+
+def conversion(source, target, alpha, sigma):
+    """Return the factors (p, q) of `target = p * source + q * x_t`, for x_t = alpha x0 + sigma eps.
+
+        v = (alpha eps - sigma x0) / n,   flow = eps - x0,   n^2 = alpha^2 + sigma^2      (n = 1 if variance is preserved)
+
+    source, target: full names. alpha, sigma: tensors of one shape; p and q have it too.
+    Source: Salimans and Ho 2022, appendix D (v); Lipman et al. 2023 (flow).
+    """
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    if source == target:
+        return one, zero
+    if source == "epsilon":
+        eps, x0 = (one, zero), (-sigma / alpha, 1 / alpha)
+    elif source == "v_prediction":
+        square = alpha * alpha + sigma * sigma
+        n = square.sqrt()
+        eps, x0 = (alpha / n, sigma / square), (-sigma / n, alpha / square)
+    elif source == "sample":
+        eps, x0 = (-alpha / sigma, 1 / sigma), (one, zero)
+    else:
+        total = alpha + sigma
+        eps, x0 = (alpha / total, 1 / total), (-sigma / total, 1 / total)
+    e, x = target_factors(target, alpha, sigma)
+    return tuple(e * of_eps + x * of_x0 for of_eps, of_x0 in zip(eps, x0))
+
+
+def target_factors(target, alpha, sigma):
+    """Return the factors (e, x) of `target = e * eps + x * x0`: see `conversion`."""
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    if target == "v_prediction":
+        n = (alpha * alpha + sigma * sigma).sqrt()
+        return alpha / n, -sigma / n
+    return {"epsilon": (one, zero), "sample": (zero, one), "flow": (one, -one)}[target]
 
 
 def log_snr(alphas_cumprod):
@@ -123,16 +175,47 @@ def _pair_entry(v, name, like, dtype):
     return _leading(v, name, like).to(like.device, dtype, non_blocking=True)
 
 
-def _flow(scheduler, t, like, dtype):
-    """sigma = t / num_train_timesteps: a flow-matching scheduler's own relation between the two."""
-    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    if steps is None or not hasattr(scheduler, "sigmas"):
-        raise ValueError(
-            f"schedule: {type(scheduler).__name__} has neither alphas_cumprod nor sigmas; "
-            "give an alpha-bar tensor, a diffusers scheduler or an (alpha, sigma) pair"
-        )
+def _check_range(t, low, high):
+    """low <= t <= high, checked where it costs no synchronisation."""
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        found = tuple(v.item() for v in torch.aminmax(t))
+        if not (found[0] >= low and found[1] <= high):  # NaN fails
+            raise ValueError(f"t: values in [{low}, {high}] expected, got {found[0]}..{found[1]}")
+
+
+def _euler(scheduler, table, t, like):
+    """alpha = 1; sigma at t, between two timesteps linearly: what these schedulers' own tables hold."""
+    config = scheduler.config
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+        if getattr(config, name, False):
+            raise ValueError(f"schedule: {type(scheduler).__name__} has {name}; give the pair (1.0, sigma) instead")
+    if t.dtype in HALF:
+        raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
+    _check_range(t, 0, len(table) - 1)
+    sigmas = ((1 - table) / table).sqrt()
+    t = t.to(like.device, table.dtype if t.is_floating_point() else torch.int64, non_blocking=True)
+    low = t.long()
+    high = (low + 1).clamp(max=len(table) - 1)
+    sigma = sigmas[low]
+    if t.is_floating_point():
+        sigma = sigma + (t - low) * (sigmas[high] - sigma)
+    return torch.ones_like(sigma), sigma
+
+
+def _flow(schedule, t, like, dtype):
+    """sigma = t / num_train_timesteps, a flow-matching scheduler's own relation between the two; or t itself."""
+    if schedule == "flow":
+        steps = 1
+    else:
+        steps = getattr(getattr(schedule, "config", None), "num_train_timesteps", None)
+        if steps is None or not hasattr(schedule, "scale_noise"):
+            raise ValueError(
+                f"schedule: {type(schedule).__name__} has neither alphas_cumprod nor scale_noise; "
+                'give an alpha-bar tensor, a diffusers scheduler, "flow" or an (alpha, sigma) pair'
+            )
     t = _timesteps(t, like)
     if t.dtype in HALF:
         raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
+    _check_range(t, 0, steps)
     sigma = t.to(like.device, dtype, non_blocking=True) / steps
     return 1 - sigma, sigma

@@ -1,9 +1,10 @@
 """Noise injection, with the noise made in registers when it is given by seed.
 
-    x_t = alpha_b * x0 + sigma_b * eps                 dx0 = alpha_b * g,   deps = sigma_b * g (when eps is a tensor)
+    x_t = alpha * x0 + sigma * eps                     dx0 = alpha * g,   deps = sigma * g (when eps is a tensor)
 
-Shapes: x0, x_t, eps [B, ...] of any strides; alpha, sigma [B] fp32. eps is a tensor or the stream (seed, draw, ids) of
-`philox.py`, indexed by the row-major logical index, whatever the layout. Arithmetic fp32, one rounding at the store.
+Shapes: x0, x_t, eps [B, ...] of any strides; alpha, sigma [R] fp32, R = B, or B * F for one value a frame of [B, F, ...].
+eps is a tensor or the stream (seed, draw, ids) of `philox.py`, indexed by the row-major logical index within the sample,
+whatever the layout. Arithmetic fp32, one rounding at the store.
 Bytes an element: forward 2 s with a seed (s = bytes of x0's dtype), 2 s + s_eps with a tensor; backward 2 s.
 """
 
@@ -32,11 +33,21 @@ def offsets(o_i, sizes, strides, CONTIGUOUS: tl.constexpr):
     return offset
 
 
+@triton.jit
+def row_value(ptr, i_b, o_i, m_i, frames, frame, FRAMED: tl.constexpr):
+    """The factor of sample i_b, or of the frame that each of its elements o_i lies in: `frame` elements each."""
+    if FRAMED:
+        value = tl.load(ptr + i_b * frames + o_i // frame, mask=m_i, other=0.0)
+    else:
+        value = tl.load(ptr + i_b)
+    return value
+
+
 @triton.jit(do_not_specialize=["seed"])
 def _add_noise_kernel(
     x_ptr, eps_ptr, alpha_ptr, sigma_ptr, draw_ptr, id_ptr, out_ptr,
-    seed, draw_stride, blocks, units, sizes, x_strides, eps_strides, out_strides,
-    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr,
+    seed, draw_stride, frames, frame, blocks, units, sizes, x_strides, eps_strides, out_strides,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, FRAMED: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * BLOCK
@@ -47,33 +58,29 @@ def _add_noise_kernel(
         eps = normal_block(start, seed, tl.load(draw_ptr + i_b * draw_stride), tl.load(id_ptr + i_b), BLOCK)
     else:
         eps = tl.load(eps_ptr + i_b * eps_strides[0] * UNIT + offsets(o_i, sizes, eps_strides, CONTIGUOUS), mask=m_i)
-    x_t = tl.load(alpha_ptr + i_b) * x.to(tl.float32) + tl.load(sigma_ptr + i_b) * eps.to(tl.float32)
+    alpha = row_value(alpha_ptr, i_b, o_i, m_i, frames, frame, FRAMED)
+    sigma = row_value(sigma_ptr, i_b, o_i, m_i, frames, frame, FRAMED)
+    x_t = alpha * x.to(tl.float32) + sigma * eps.to(tl.float32)
     o_out = i_b * out_strides[0] * UNIT + offsets(o_i, sizes, out_strides, CONTIGUOUS)
     tl.store(out_ptr + o_out, x_t.to(out_ptr.dtype.element_ty), mask=m_i)
 
 
 @triton.jit
 def _scale_rows_kernel(
-    x_ptr, scale_ptr, out_ptr, blocks, units, sizes, x_strides, out_strides,
-    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, scale_ptr, out_ptr, frames, frame, blocks, units, sizes, x_strides, out_strides,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, FRAMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < units * UNIT
     x = tl.load(x_ptr + i_b * x_strides[0] * UNIT + offsets(o_i, sizes, x_strides, CONTIGUOUS), mask=m_i)
-    y = tl.load(scale_ptr + i_b) * x.to(tl.float32)
+    y = row_value(scale_ptr, i_b, o_i, m_i, frames, frame, FRAMED) * x.to(tl.float32)
     o_out = i_b * out_strides[0] * UNIT + offsets(o_i, sizes, out_strides, CONTIGUOUS)
     tl.store(out_ptr + o_out, y.to(out_ptr.dtype.element_ty), mask=m_i)
 
 
 def _add_noise_cuda(
-    x0: Tensor,
-    eps: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: int,
-    draw: Tensor | None,
-    ids: Tensor | None,
+    x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
 ) -> Tensor:
     if reference.compute_dtype(x0, eps) == torch.float64:
         return _add_noise_cpu(x0, eps, alpha, sigma, seed, draw, ids)
@@ -81,24 +88,19 @@ def _add_noise_cuda(
     layout = launch.Layout(x0, out, x0 if eps is None else eps)
     block = launch.block_size(layout.n)
     blocks = triton.cdiv(layout.n, block)
+    frames = len(alpha) // len(x0)
     launch.launch(
         _add_noise_kernel, len(x0) * blocks,
         x0, eps, alpha, sigma, draw, ids, out,
-        seed, 0 if draw is None or len(draw) == 1 else 1, blocks, layout.n // layout.unit,
+        seed, 0 if draw is None or len(draw) == 1 else 1, frames, layout.n // frames, blocks, layout.n // layout.unit,
         layout.sizes, layout.strides[0], layout.strides[2], layout.strides[1],
-        UNIT=layout.unit, CONTIGUOUS=layout.contiguous, SEEDED=eps is None, block=block,
+        UNIT=layout.unit, CONTIGUOUS=layout.contiguous, FRAMED=frames > 1, SEEDED=eps is None, block=block,
     )  # fmt: skip
     return out.to(x0.dtype)
 
 
 def _add_noise_cpu(
-    x0: Tensor,
-    eps: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: int,
-    draw: Tensor | None,
-    ids: Tensor | None,
+    x0: Tensor, eps: Tensor | None, alpha: Tensor, sigma: Tensor, seed: int, draw: Tensor | None, ids: Tensor | None
 ) -> Tensor:
     out = reference.add_noise(x0, reference.resolve_noise(x0, eps, draw, ids, seed), alpha, sigma)
     return torch.empty_like(x0).copy_(out)
@@ -111,10 +113,11 @@ def _scale_rows_cuda(x: Tensor, scale: Tensor) -> Tensor:
     layout = launch.Layout(x, out)
     block = launch.block_size(layout.n)
     blocks = triton.cdiv(layout.n, block)
+    frames = len(scale) // len(x)
     launch.launch(
         _scale_rows_kernel, len(x) * blocks,
-        x, scale, out, blocks, layout.n // layout.unit, layout.sizes, *layout.strides,
-        UNIT=layout.unit, CONTIGUOUS=layout.contiguous, block=block,
+        x, scale, out, frames, layout.n // frames, blocks, layout.n // layout.unit, layout.sizes, *layout.strides,
+        UNIT=layout.unit, CONTIGUOUS=layout.contiguous, FRAMED=frames > 1, block=block,
     )  # fmt: skip
     return out.to(x.dtype)
 

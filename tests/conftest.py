@@ -26,3 +26,23 @@ def python():
         return subprocess.run([str(executable), *map(str, arguments)], cwd=cwd, env={**os.environ, **(env or {})},
                               timeout=timeout, capture_output=True, text=True)
     return run
+
+
+@pytest.fixture
+def poison():
+    """torch.empty is filled with NaN, so an element that no kernel wrote is seen."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """The interpreter's time goes by programs, not by elements: give large samples larger blocks there."""
+    from fastsds.kernels import launch
+
+    if launch.INTERPRETED:
+        chosen = launch.block_size
+        monkeypatch.setattr(launch, "block_size", lambda n: 8192 if n > 8192 else chosen(n))

@@ -8,23 +8,8 @@ from fastsds.kernels import launch
 from fastsds.kernels import noise as noise_kernels
 
 ABAR = testing.alphas_cumprod()
+pytestmark = pytest.mark.usefixtures("poison", "few_programs")
 only_compiled = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """torch.empty is filled with NaN, so an element that no kernel wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter's time goes by programs, not by elements: give large samples larger blocks there."""
-    if launch.INTERPRETED:
-        chosen = launch.block_size
-        monkeypatch.setattr(launch, "block_size", lambda n: 8192 if n > 8192 else chosen(n))
 
 
 def sample(shape, dtype=torch.float32, device="cpu", seed=0):
@@ -171,8 +156,9 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.add_noise(X, 0, ABAR, "x"), "noise: a tensor or a Noise"),
         (lambda: ops.add_noise(X, 0, ABAR, stream(3)), "3 sample_ids for a batch of 2"),
         (lambda: ops.add_noise(X, 0, ABAR, X, generator=torch.Generator()), "generator"),
-        (lambda: ops.add_noise(X, torch.zeros(2, 4, dtype=torch.int64), ABAR), "one timestep a sample"),
-        (lambda: ops.add_noise(X, 1000, ABAR), r"t: values must lie in \[0, 1000\)"),
+        (lambda: ops.add_noise(X, torch.zeros(2, 3, dtype=torch.int64), ABAR), r"t: shape \(2, 3\)"),
+        (lambda: ops.add_noise(X, torch.zeros(2, 4, 8, 8, dtype=torch.int64), ABAR), "one a sample or frame"),
+        (lambda: ops.add_noise(X, 1000, ABAR), r"t: values in \[0, 999\] expected"),
         (lambda: ops.add_noise(X.to("meta"), 0, ABAR, stream(2)), "use noise.to"),
     ),
 )
@@ -202,7 +188,7 @@ def test_opcheck(device):
 
 
 @only_compiled
-@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("arch", (80, 90, 100))
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_compiles_clean(dtype, arch):
     """216 elements are no multiple of 16, yet a sample's bytes divide by 16: that must be enough for 16-byte accesses."""

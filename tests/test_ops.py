@@ -9,15 +9,20 @@ from fastsds import ops, testing
 from fastsds.kernels import launch
 
 ABAR = testing.alphas_cumprod()
-KERNEL_TESTS = ("test_philox.py", "test_noise.py", "test_score.py", "test_ops.py")
+KERNEL_TESTS = ("test_philox.py", "test_noise.py", "test_score.py", "test_inject.py", "test_sid.py", "test_ops.py")
 
 
 def step(x0, pred, ids, t, abar, w):
-    """A whole use of the ops: stream, noise, both losses. Returns what a caller keeps."""
+    """A whole use of the ops: stream, noise, every loss. Returns what a caller keeps."""
     noise = ops.Noise(3, ops.draw(ops.Purpose.NOISE, 5), ids)
     x_t, _ = ops.add_noise(x0, t, abar, noise)
     loss = ops.sds_loss(x0, pred, noise, t, abar, weighting="inverse_snr_root", reduction="mean")
     loss = loss + ops.denoising_loss(x_t * pred, noise, t, abar, weighting=w)
+    v = ops.convert(ops.guide((pred, x0), 3.0), x_t, t, abar, source="epsilon", target="v_prediction")
+    how = dict(x_t=x_t, prediction_type="v", weighting="x0_error", clip=0.5, nonfinite="drop_sample", value="dot")
+    loss = loss + 1e-2 * ops.sds_loss(x0, (v, pred), pred, t, abar, guidance_scale=2.0, **how)
+    loss = loss + ops.dmd_loss(x0, v, pred, mask=w > 1) + ops.sid_loss(x0, v, pred, reduction="mean")
+    loss = loss + ops.inject_grad(pred, v.detach(), reduction="mean")
     return loss + noise.uniform(2).sum() * 0, x_t, noise.randint(0, 10)
 
 
@@ -79,15 +84,33 @@ def on_device(v):
         (lambda n, x, t, a: ops.add_noise(x, t, a), {"_add_noise_kernel": 1}),
         (
             lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a).backward(),
-            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
         (
             lambda n, x, t, a: ops.sds_loss(x, x.detach(), n, t, a, return_grad=True),
-            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
         (
             lambda n, x, t, a: ops.denoising_loss(x, n, t, a).backward(),
-            {"_energy_kernel": 1, "_residual_gradient_kernel": 1},
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.sds_loss(
+                x, torch.cat([x, x]), n, t, a, x_t=x, guidance_scale=2.0, weighting="x0_error", nonfinite="drop_sample"
+            ).backward(),
+            {"_residual_sum_kernel": 3, "_residual_gradient_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.dmd_loss(x, 2 * x, 3 * x).backward(),
+            {"_residual_sum_kernel": 2, "_residual_gradient_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.sid_loss(x, 2 * x, 3 * x).backward(),
+            {"_residual_sum_kernel": 1, "_sid_energy_kernel": 1, "_sid_gradients_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.inject_grad(x, x.detach()).backward(),
+            {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
     ),
 )
@@ -130,7 +153,10 @@ def test_unknown_devices_are_refused():
         "add_noise",
         "scale_rows",
         "denoising_energy",
-        "sds_energy",
+        "sds_value",
+        "sample_sums",
+        "sid_energy",
+        "sid_gradients",
         "residual_gradient",
         "philox_words",
     ):

@@ -197,7 +197,7 @@ def test_opcheck(op):
 
 
 @only_compiled
-@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("arch", (80, 90, 100))
 def test_compiles_clean(arch):
     """16-byte stores where rows allow them, whatever the seed's size; no fp64, no local memory, no spills."""
     draws, ids = torch.zeros(1, dtype=torch.int64), torch.arange(2)

@@ -102,12 +102,12 @@ def test_pairs():
         (ABAR, 500.0, "indexed by integers"),
         (ABAR, True, "an int or a tensor"),
         (ABAR, "5", "an int or a tensor"),
-        (ABAR, -1, r"\[0, 1000\), got -1..-1"),
+        (ABAR, -1, r"\[0, 999\] expected, got -1..-1"),
         (ABAR, torch.tensor([0, 1, 1000]), "got 0..1000"),
         (ABAR, T[:2], "leading axes"),
         ((1.0, 2.0, 3.0), T, "has 2 entries, this one has 3"),
         ((torch.ones(2), 1.0), T, "alpha: shape"),
-        (object(), T, "neither alphas_cumprod nor sigmas"),
+        (object(), T, "neither alphas_cumprod nor scale_noise"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), T.half(), "half precision moves timesteps"),
     ),
 )
@@ -153,3 +153,69 @@ def test_timestep_range():
 def test_timestep_range_errors(options, message):
     with pytest.raises(ValueError, match=message):
         schedule.timestep_range(ABAR, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # the schedulers' own, of NumPy
+@pytest.mark.parametrize("name", ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete"))
+def test_eulers_family_by_its_own_add_noise(name):
+    """x_t = x0 + sigma eps, at integer timesteps and between them, as the scheduler's own tables have it."""
+    settings = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**settings)
+    scheduler.set_timesteps(30)
+    x, eps = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    t = scheduler.timesteps[[2, 9, 20, 27]]
+    alpha, sigma = schedule.alpha_sigma(scheduler, t, x)
+    assert (alpha == 1).all()
+    torch.testing.assert_close(x + sigma * eps, scheduler.add_noise(x, eps, t), rtol=1e-5, atol=1e-5)
+    whole = schedule.alpha_sigma(scheduler, torch.tensor([500]), x)[1]
+    exact = (((1 - ABAR.double()) / ABAR.double()) ** 0.5)[500:501]
+    torch.testing.assert_close(whole.flatten().double(), exact, rtol=1e-5, atol=0)
+
+
+def test_karras_sigmas_are_refused():
+    scheduler = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="use_karras_sigmas; give the pair"):
+        schedule.alpha_sigma(scheduler, 5, torch.zeros(1, 4))
+
+
+def test_flow_by_sigma():
+    sigma = torch.tensor([0.0, 0.25, 1.0])
+    alpha, found = schedule.alpha_sigma("flow", sigma, torch.zeros(3, 4, 5))
+    assert torch.equal(found.flatten(), sigma) and torch.equal(alpha.flatten(), 1 - sigma)
+    with pytest.raises(ValueError, match=r"t: values in \[0, 1\] expected"):
+        schedule.alpha_sigma("flow", torch.tensor([500.0]), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("levels", ((0.6, 0.8), (1.0, 3.0), (0.25, 0.75)), ids=("preserving", "exploding", "flow"))
+@pytest.mark.parametrize("source", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("target", schedule.PREDICTION_TYPES)
+def test_convert(source, target, levels):
+    """Every prediction of the same x0 and eps converts to every other, differentiably."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    alpha, sigma = levels
+    x_t, n = alpha * x0 + sigma * eps, (alpha**2 + sigma**2) ** 0.5
+    known = {"epsilon": eps, "sample": x0, "v_prediction": (alpha * eps - sigma * x0) / n, "flow": eps - x0}
+    found = ops.convert(known[source], x_t, 0, levels, source=source, target=target)
+    torch.testing.assert_close(found, known[target], rtol=1e-12, atol=1e-12)
+    leaves = (known[source][:1, :1, :2, :2].clone().requires_grad_(), x_t[:1, :1, :2, :2].clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda p, x: ops.convert(p, x, 0, levels, source=source, target=target), leaves)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # one rounding
+        low = [v.to(dtype) for v in (known[source], x_t)]
+        exact = ops.convert(*(v.double() for v in low), 0, levels, source=source, target=target)
+        found = ops.convert(*low, 0, levels, source=source, target=target)
+        assert found.dtype == dtype
+        terms = exact.abs() + 4 * low[0].double().abs() + 8
+        assert ((found.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * terms).all()
+
+
+@pytest.mark.parametrize("zero_snr", (False, True))
+def test_convert_is_diffusers_velocity(zero_snr):
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=zero_snr)
+    x0, eps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    t = torch.tensor([0, 500, 999 - (not zero_snr)])
+    x_t = scheduler.add_noise(x0, eps, t)
+    v = scheduler.get_velocity(x0, eps, t)
+    for target, expected in (("epsilon", eps), ("x0", x0)):
+        found = ops.convert(v, x_t, t, scheduler, source="v_prediction", target=target)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """Score losses: value and injected gradients against a float64 oracle, and what gradient injection promises."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,23 +9,9 @@ from fastsds import ops, reference, testing
 from fastsds.kernels import launch, score
 
 ABAR = testing.alphas_cumprod()
+PLAIN = (0.0, math.inf, "propagate")  # no guidance, no clip, nothing sanitised
+pytestmark = pytest.mark.usefixtures("poison", "few_programs")
 only_compiled = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """torch.empty is filled with NaN, so an element that no kernel wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter's time goes by programs, not by elements: give large samples larger blocks there."""
-    if launch.INTERPRETED:
-        chosen = launch.block_size
-        monkeypatch.setattr(launch, "block_size", lambda n: 8192 if n > 8192 else chosen(n))
 
 
 def sample(shape, dtype=torch.float32, device="cpu", seed=0):
@@ -42,17 +30,23 @@ def factors(t, like):
     return abar.sqrt(), (1 - abar).sqrt()
 
 
-def weight(weighting, alpha, sigma):
+BY_LEVEL = [name for name in ops.WEIGHTINGS if not name.startswith("x0_error")]
+
+
+def weight(weighting, alpha, sigma, kind="epsilon"):
+    snr = alpha**2 / sigma**2
     return {
         "uniform": torch.ones_like(alpha),
         "sigma2": sigma**2,
         "alpha_sigma2": alpha * sigma**2,
         "inverse_snr_root": sigma / alpha,
+        "snr": snr,
+        "min_snr": snr.clamp(max=5) / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}.get(kind, snr),
     }[weighting]
 
 
 def denominator(reduction, x):
-    return {"mean": x.numel(), "batch": len(x), "sum": 1}[reduction]
+    return {"mean": x.numel(), "batch": len(x), "sum": 1, "spatial": x.shape[-1] * x.shape[-2], 7.5: 7.5}[reduction]
 
 
 def eager_sds(pred, ref, x_t, t, kind, weighting, reduction):
@@ -137,8 +131,8 @@ def test_denoising_against_float64(shape, layout, dtype, seeded, device):
 @pytest.mark.parametrize(
     "kind, weighting, reduction",
     [(kind, "inverse_snr_root", "sum") for kind in ops.PREDICTION_TYPES]
-    + [("epsilon", weighting, "batch") for weighting in ops.WEIGHTINGS]
-    + [("v_prediction", "sigma2", reduction) for reduction in ops.REDUCTIONS],
+    + [("epsilon", weighting, "batch") for weighting in BY_LEVEL]
+    + [("v_prediction", "sigma2", reduction) for reduction in (*ops.REDUCTIONS, 7.5)],
 )
 def test_predictions_weightings_reductions(kind, weighting, reduction, device):
     x, pred, _, eps, t = sample((3, 2, 3, 5), device=device)
@@ -189,7 +183,7 @@ def test_reference_sds_is_the_op():
     results = []
     for loss in (
         lambda x0: reference.sds_loss(x0, pred, y, eps, rows),
-        lambda x0: score.sds_energy(x0, pred, y, eps, rows, 0, None, None),
+        lambda x0: score.sds_value(x0, pred, None, y, eps, rows, 0, None, None, *PLAIN, "energy"),
     ):
         x0 = x.clone().requires_grad_()
         value = loss(x0)
@@ -313,6 +307,189 @@ def test_the_noise_is_never_stored():
     assert large == {pred.data_ptr(), leaf.data_ptr()}
 
 
+# -- guidance, references, weights, clipping, frames -------------------------------------------------------------------
+
+
+def guided(uncond, cond, scale, form):
+    """The three spellings in use, as users write them."""
+    base = {"uncond": uncond, "cond": cond, "cond_minus_one": cond}[form]
+    return base + (scale - 1 if form == "cond_minus_one" else scale) * (cond - uncond)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("form", ops.FORMS)
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_guidance_against_float64(order, form, dtype, device):
+    x, uncond, cond, eps, t = sample((3, 5, 7, 11), dtype, device)
+    pair = (uncond, cond) if order == "uncond_first" else (cond, uncond)
+    for scale in (0.3, 7.5, 100.0):
+        oracle, theirs = (guided(u, c, scale, form) for u, c in ((uncond.double(), cond.double()), (uncond, cond)))
+        ours = ops.guide(torch.cat(pair), scale, order, form)
+        testing.assert_twice_eager(ours, theirs, oracle, dtype, "guided")
+        assert torch.equal(ours, ops.guide(pair, scale, order, form))
+        x0 = x.clone().requires_grad_()
+        how = dict(guidance_scale=scale, order=order, form=form, reduction="sum")
+        ops.sds_loss(x0, torch.cat(pair), eps, t, ABAR.to(device), **how).backward()
+        testing.assert_twice_eager(x0.grad, theirs - eps, oracle - eps.double(), dtype, "dx0")
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_guidance_ends_are_exact(dtype, device):
+    x, uncond, cond, eps, t = sample((2, 3, 4, 5), dtype, device)
+    for form, at_uncond, at_cond in (("uncond", 0, 1), ("cond_minus_one", 0.0, 1.0), ("cond", -1, 0)):
+        for scale, expected in ((at_uncond, uncond), (at_cond, cond)):
+            assert torch.equal(ops.guide((uncond, cond), scale, form=form), expected)
+            how = dict(reduction="sum", return_grad=True)
+            found = ops.sds_loss(x, (uncond, cond), eps, t, ABAR.to(device), guidance_scale=scale, form=form, **how)
+            plain = ops.sds_loss(x, expected, eps, t, ABAR.to(device), **how)
+            assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+
+
+def test_guide_is_differentiable():
+    _, uncond, cond, _, _ = sample((2, 3, 2, 2), torch.float64)
+    leaves = (uncond.requires_grad_(), cond.requires_grad_())
+    for scale in (0.2, 3.0):
+        assert torch.autograd.gradcheck(lambda u, c, scale=scale: ops.guide((u, c), scale), leaves)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("kind", ops.PREDICTION_TYPES)
+def test_a_reference_of_another_type(kind, device):
+    """VSD with an adapter that predicts v, CSD and DDS with two predictions of one type."""
+    x, pred, ref, eps, t = sample((3, 2, 3, 5), torch.float64, device)
+    abar = ABAR.to(device)
+    x_t = ops.add_noise(x, t, abar, eps)[0]
+    hats = [ops.convert(v, x_t, t, abar, source=kind, target="epsilon") for v in (pred, ref)]
+    how = dict(x_t=x_t, weighting="sigma2", return_grad=True)
+    for own, hat in (("epsilon", pred), (kind, hats[0])):
+        found = ops.sds_loss(x, pred, ref, t, abar, prediction_type=own, ref_prediction_type=kind, **how)
+        plain = ops.sds_loss(x, hat, hats[1], t, abar, **how)
+        for ours, expected in zip(found, plain):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    short = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow": "flow"}[kind]
+    same = ops.sds_loss(x, pred, ref, t, abar, prediction_type=short, ref_prediction_type=short, **how)
+    assert torch.equal(same[1], ops.sds_loss(x, pred, ref, t, abar, prediction_type=kind, ref_prediction_type=kind, **how)[1])
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("kind", ops.PREDICTION_TYPES)
+@pytest.mark.parametrize("weighting", ("x0_error", "x0_error_batch"))
+def test_weight_by_the_error_of_x0(weighting, kind, dtype, device):
+    x, uncond, cond, eps, t = sample((3, 5, 7, 11), dtype, device)
+    abar = ABAR.to(device)
+    x_t = ops.add_noise(x, t, abar, eps)[0]
+
+    def eager(x, uncond, cond, eps, x_t):
+        alpha, sigma = factors(t, x)
+        pred = guided(uncond, cond, 4.0, "uncond")
+        x0, eps_hat = {
+            "epsilon": lambda: ((x_t - sigma * pred) / alpha, pred),
+            "v_prediction": lambda: (alpha * x_t - sigma * pred, alpha * pred + sigma * x_t),
+            "sample": lambda: (pred, (x_t - alpha * pred) / sigma),
+            "flow": lambda: ((x_t - sigma * pred) / (alpha + sigma), (x_t + alpha * pred) / (alpha + sigma)),
+        }[kind]()
+        error = (x - x0).abs()
+        norm = error.mean() if weighting.endswith("batch") else error.mean(dim=(1, 2, 3), keepdim=True)
+        return (eps_hat - eps) / norm
+
+    given = (x, uncond, cond, eps, x_t)
+    how = dict(prediction_type=kind, weighting=weighting, guidance_scale=4.0, reduction="sum", return_grad=True)
+    grad = ops.sds_loss(x, (uncond, cond), eps, t, abar, x_t=x_t, **how)[1]
+    testing.assert_twice_eager(grad, eager(*given), eager(*(v.double() for v in given)), dtype, "gradient")
+
+
+def test_zero_error_of_x0_gives_zero():
+    x, _, _, eps, t = sample((2, 3, 4, 5))
+    loss, grad = ops.sds_loss(x, x, eps, t, ABAR, x_t=x, prediction_type="sample", weighting="x0_error", return_grad=True)
+    assert loss.isfinite() or not grad.isnan().any()
+    same = ops.sds_loss(x, eps, eps, t, (1.0, 0.0), x_t=x, weighting="x0_error", return_grad=True)
+    assert same[0] == 0 and not same[1].any()
+
+
+@pytest.mark.parametrize("device", testing.devices())
+def test_values(device):
+    x, pred, _, eps, t = sample((3, 5, 7, 11), device=device)
+    abar, w = ABAR.to(device), torch.tensor([0.5, 2.0, 1.0], device=device)
+    r, g = (pred - eps).double(), ((pred - eps).double() * w.view(3, 1, 1, 1)).clamp(-0.8, 0.8)
+    for value, expected in (("energy", 0.5 * g * r), ("target", 0.5 * g * g), ("dot", g * x.double())):
+        x0 = x.clone().requires_grad_()
+        loss = ops.sds_loss(x0, pred, eps, t, abar, weighting=w, clip=0.8, value=value)
+        loss.backward()
+        torch.testing.assert_close(loss.double(), expected.sum() / 3, rtol=2e-6, atol=1e-4)
+        torch.testing.assert_close(x0.grad.double(), g / 3, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_what_is_not_finite(dtype, device):
+    x, pred, _, eps, t = sample((3, 4, 4, 4), dtype, device)
+    pred[0, 0, 0, 0], pred[0, 0, 0, 1], pred[2, 1, 1, 1] = float("nan"), float("inf"), -float("inf")
+    abar, top = ABAR.to(device), torch.finfo(dtype).max
+
+    def gradient(nonfinite, clip=None):
+        how = dict(nonfinite=nonfinite, clip=clip, reduction="sum", value="target", return_grad=True)
+        return ops.sds_loss(x, pred, eps, t, abar, **how)
+
+    clean = pred - eps
+    rest = clean.isfinite()
+    for policy, nan, inf in (("clamp", 0.0, top), ("zero", 0.0, 0.0)):
+        loss, grad = gradient(policy)
+        assert torch.equal(grad[rest], gradient("propagate")[1][rest])
+        assert grad[0, 0, 0, 0] == nan and grad[0, 0, 0, 1] == inf and grad[2, 1, 1, 1] == -inf
+    clipped = gradient("clamp", 0.5)[1]
+    assert clipped.abs().max() == 0.5 and clipped[0, 0, 0, 1] == 0.5 and gradient("clamp", 0.5)[0].isfinite()
+    loss, grad = gradient("drop_sample")
+    assert not grad[0].any() and not grad[2].any() and torch.equal(grad[1], gradient("propagate")[1][1]) and loss.isfinite()
+    with pytest.raises(FloatingPointError, match=r"samples \[0, 2\]"):
+        gradient("raise")
+    assert gradient("propagate")[1].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", (*testing.DTYPES, torch.float64))
+def test_one_timestep_a_frame(dtype, device):
+    """[B, F] timesteps on video: the gradient of each frame is that of the frame alone, noise by seed included."""
+    x, pred, x_t, eps, _ = sample((2, 3, 5, 7, 3), dtype, device)
+    t = torch.randint(200, 800, (2, 3), device=device)
+    abar, noise = ABAR.to(device), stream(2, device)
+    flat = [v.flatten(0, 1) for v in (x, pred, x_t, noise.normal((3, 5, 7, 3)).to(dtype))]
+    how = dict(weighting="sigma2", reduction="sum", prediction_type="v_prediction")
+    x0 = x.clone().requires_grad_()
+    (2 * ops.sds_loss(x0, pred, noise, t, abar, x_t=x_t, **how)).backward()
+    alone = ops.sds_loss(flat[0], flat[1], flat[3], t.flatten(), abar, x_t=flat[2], return_grad=True, **how)
+    testing.assert_close(x0.grad.flatten(0, 1), 2 * alone[1])
+    leaf, one = pred.clone().requires_grad_(), flat[1].clone().requires_grad_()
+    ops.denoising_loss(leaf, noise, t, abar, x0=x, **how).backward()
+    ops.denoising_loss(one, flat[3], t.flatten(), abar, x0=flat[0], **how).backward()
+    testing.assert_close(leaf.grad.flatten(0, 1), one.grad)
+    # a weight a frame over one timestep a sample is the same thing
+    w = torch.rand(2, 3, device=device, dtype=torch.float32)
+    how = dict(reduction="sum", return_grad=True)
+    ours = ops.sds_loss(x, pred, eps, t[:, 0], abar, weighting=w, **how)[1]
+    alone = ops.sds_loss(flat[0], flat[1], eps.flatten(0, 1), 500, abar, weighting=w.flatten(), **how)[1]
+    assert torch.equal(ours.flatten(0, 1), alone)
+
+
+def test_weights_by_rank_and_by_function():
+    """A weight [B] is one a sample even where B is also the last axis; a callable sees alpha and sigma."""
+    x, pred, _, eps, t = sample((4, 3, 4, 4))
+    w = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    how = dict(reduction="sum", return_grad=True)
+    assert torch.equal(ops.sds_loss(x, pred, eps, t, ABAR, weighting=w, **how)[1], w.view(4, 1, 1, 1) * (pred - eps))
+    alpha, sigma = ABAR[t].sqrt(), (1 - ABAR[t]).sqrt()
+    for weighting, expected in (
+        (ops.power(2, -1), alpha**2 / sigma),
+        (ops.min_snr(3.0), (alpha / sigma).square().clamp(max=3) / (alpha / sigma).square()),
+        (ops.min_snr(3.0, "v"), (alpha / sigma).square().clamp(max=3) / ((alpha / sigma).square() + 1)),
+        (lambda a, s: torch.full_like(a, 2.0), torch.full((4,), 2.0)),
+    ):
+        grad = ops.sds_loss(x, pred, eps, t, ABAR, weighting=weighting, **how)[1]
+        torch.testing.assert_close(grad, expected.view(4, 1, 1, 1) * (pred - eps), rtol=1e-5, atol=1e-6)
+
+
 X = torch.zeros(2, 4, 8, 8)
 
 
@@ -323,10 +500,27 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.sds_loss(X, X.to("meta"), X, 0, ABAR), "pred: on meta"),
         (lambda: ops.sds_loss(X, X, X[:, :1], 0, ABAR), "ref: shape"),
         (lambda: ops.sds_loss(X, X, None, 0, ABAR), "ref: a tensor or a Noise"),
-        (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="eps"), "prediction_type: one of 'epsilon'"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="noise"), "prediction_type: one of 'epsilon'"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="sample"), "x_t: required"),
-        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting="snr"), "weighting: one of"),
-        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=torch.ones(3)), r"weighting: a float tensor \[2\]"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting="one"), "weighting: one of"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=torch.ones(3)), r"weighting: shape \(3,\)"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=torch.ones(2).long()), "weighting: a float tensor"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=lambda a, s: 1.0), "weighting: must return"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting="x0_error"), "x_t: required .* x0_hat"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, ref_prediction_type="v"), "x_t: required"),
+        (lambda: ops.sds_loss(X, X, stream(2), 0, ABAR, x_t=X, ref_prediction_type="v"), "ref_prediction_type: a Noise"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, clip=-1.0), "clip: a finite number of at least 0 expected, got -1.0"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, nonfinite="drop"), "nonfinite: one of"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, reduction=0.0), "reduction: a finite number above 0"),
+        (lambda: ops.sds_loss(X[:, :, 0, 0], X[:, :, 0, 0], X[:, :, 0, 0], 0, ABAR, reduction="spatial"), "'spatial' divides"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, guidance_scale=2.0), "pred: shape"),
+        (lambda: ops.sds_loss(X, (X,), X, 0, ABAR, guidance_scale=2.0), "a pair .* got 1"),
+        (lambda: ops.guide(X[:1], 2.0), r"pred: \[2B, ...\] or a pair"),
+        (lambda: ops.guide(X, 2.0, order="first"), "order: one of"),
+        (lambda: ops.guide(X, 2.0, form="x0"), "form: one of"),
+        (lambda: ops.guide(X, float("nan")), "guidance scale: a finite number"),
+        (lambda: ops.guide((X, X[:1]), 2.0), r"pred\[1\]: shape"),
+        (lambda: ops.denoising_loss(X, X, 0, ABAR, weighting="x0_error"), "normalises an injected gradient"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, reduction="none"), "reduction: one of"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, value="one"), "value: one of"),
         (lambda: ops.denoising_loss(X, None, 0, ABAR), "noise: required"),
@@ -343,35 +537,41 @@ def test_contract_errors(call, message):
 @pytest.mark.parametrize("device", testing.devices())
 def test_opcheck(device):
     x, pred, y, eps, _ = sample((2, 3, 4, 5), device=device)
-    rows = torch.rand(4, 2, device=device)
+    rows, frames = torch.rand(4, 2, device=device), torch.rand(4, 6, device=device)
     noise = stream(2, device)
-    by_seed, by_tensor = (None, rows, 1, noise.draw, noise.sample_ids), (eps, rows, 0, None, None)
+    by_seed, by_tensor = (None, rows, 1, noise.draw, noise.sample_ids), (eps, frames, 0, None, None)
     leaf = pred.clone().requires_grad_()
     channels_last = testing.arrange(x, "channels_last").half().requires_grad_()
     torch.library.opcheck(score.denoising_energy, (leaf, None, *by_seed))
     torch.library.opcheck(score.denoising_energy, (leaf, y.clone().requires_grad_(), *by_tensor))
-    torch.library.opcheck(score.sds_energy, (channels_last, pred, None, *by_seed))
-    torch.library.opcheck(score.sds_energy, (x.requires_grad_(), pred, y, *by_tensor))
+    torch.library.opcheck(score.sds_value, (channels_last, pred, None, None, *by_seed, *PLAIN, "energy"))
+    guided = (2.5, 0.3, "zero")
+    torch.library.opcheck(score.sds_value, (x.requires_grad_(), pred, y, y, *by_tensor, *guided, "dot"))
     one = torch.ones((), device=device)
-    torch.library.opcheck(score.residual_gradient, (pred, None, *by_seed, one, torch.bfloat16, True))
+    torch.library.opcheck(score.residual_gradient, (pred, None, None, *by_seed, *PLAIN, one, torch.bfloat16, True))
+    torch.library.opcheck(score.sample_sums, (pred, y, None, *by_seed, 1.5, True))
 
 
 @only_compiled
-@pytest.mark.parametrize("arch", (80, 90))
+@pytest.mark.parametrize("arch", (80, 90, 100))
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_compiles_clean(dtype, arch):
     """216 elements are no multiple of 16, yet a sample's bytes divide by 16: that must be enough for 16-byte accesses."""
-    x, rows, one = torch.zeros(3, 6, 6, 6, dtype=dtype), torch.ones(4, 3), torch.ones(())
+    x, rows, frames, one = torch.zeros(3, 6, 6, 6, dtype=dtype), torch.ones(4, 3), torch.ones(4, 18), torch.ones(())
     noise = stream(3)
     by_seed, by_tensor = (None, rows, 1, noise.draw, noise.sample_ids), (x, rows, 0, None, None)
+    by_frame = (None, frames, 1, noise.draw, noise.sample_ids)
+    guided = (2.5, 0.3, "clamp")
     with testing.compile_only(arch) as kernels:
         score._denoising_cuda(x, None, *by_seed)
         score._denoising_cuda(x, x, *by_tensor)
-        score._gradient_cuda(x, None, *by_seed, one, dtype, False)
-        score._gradient_cuda(x, x, *by_seed, one, dtype, False)
-        score._gradient_cuda(x, x, *by_tensor, one, dtype, False)
+        score._sds_cuda(x, x, x, x, *by_tensor, *guided, "dot")
+        score._sample_sums_cuda(x, x, x, *by_tensor, 1.5, True)
+        score._gradient_cuda(x, None, None, *by_seed, *PLAIN, one, dtype, False)
+        score._gradient_cuda(x, None, x, *by_frame, *PLAIN, one, dtype, False)
+        score._gradient_cuda(x, x, x, *by_tensor, *guided, one, dtype, False)
     wide = 2 if dtype == torch.float32 else 1  # accesses a tensor, at eight elements a thread
-    for kernel, inputs, outputs in zip(kernels, (1, 3, 1, 2, 3), (0, 0, 1, 1, 1), strict=True):
+    for kernel, inputs, outputs in zip(kernels, (1, 3, 5, 4, 1, 2, 4), (0, 0, 0, 0, 1, 1, 1), strict=True):
         testing.assert_clean(kernel, loads=wide * inputs, stores=wide * outputs)
 
 
@@ -381,7 +581,8 @@ def test_views_compile_clean():
     stream_of = (None, rows, 1, noise.draw, noise.sample_ids)
     with testing.compile_only(90) as kernels:
         score._denoising_cuda(x[..., ::2], None, *stream_of)
-        score._gradient_cuda(testing.arrange(x, "channels_last"), x, *stream_of, torch.ones(()), torch.bfloat16, True)
+        view = testing.arrange(x, "channels_last")
+        score._gradient_cuda(view, None, x, *stream_of, *PLAIN, torch.ones(()), torch.bfloat16, True)
     for kernel in kernels:
         testing.assert_clean(kernel, loads=0, stores=0)
 
@@ -390,4 +591,4 @@ def test_bytes_moved():
     x, pred = torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float16)
     assert score.bytes_moved(x, pred) == 16
     assert score.bytes_moved(x, pred, backward=True) == 48
-    assert score.bytes_moved(x, pred, y=x, eps=pred) == 64
+    assert score.bytes_moved(x, pred, x, pred, None) == 64

@@ -12,7 +12,6 @@ import torch
 
 from fastsds import ops
 from fastsds.data import SwapItems
-from fastsds.recipes.sds_clip import epsilon
 from fastsds.schedule import timestep_range
 
 BATCH = 256
@@ -75,7 +74,6 @@ def _errors(teacher, z, text, ids, k: int, draws: int, span: tuple[int, int], se
 
     t_all, eps_all = pairs(t, "item"), pairs(eps, "item")
     z_t = ops.add_noise(pairs(z, "image").contiguous(), t_all, schedule, eps_all.contiguous())[0]
-    eps_hat = epsilon(
-        teacher.predict(z_t, t_all, pairs(text, "caption")), z_t, t_all, schedule, teacher.prediction_type
-    )
+    pred = teacher.predict(z_t, t_all, pairs(text, "caption"))
+    eps_hat = ops.convert(pred, z_t, t_all, schedule, source=teacher.prediction_type, target="epsilon")
     return (eps_hat.float() - eps_all).square().flatten(1).mean(1).unflatten(0, (b, 2, 2))

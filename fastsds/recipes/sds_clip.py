@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from fastsds import ops
 from fastsds.config import ConfigError
 from fastsds.data import Batch
-from fastsds.schedule import alpha_sigma, timestep_range
+from fastsds.schedule import timestep_range
 from fastsds.student import StudentOutput
 
 TINY = 1e-30
@@ -44,16 +44,6 @@ def teacher_parts(loss, head_init: str = "default") -> tuple[str, ...]:
 def teacher_pixels(batch: Batch) -> torch.Tensor:
     """The batch's images at the teacher's size."""
     return batch.pixels if batch.pixels_teacher is None else batch.pixels_teacher
-
-
-def epsilon(pred: torch.Tensor, z_t: torch.Tensor, t: torch.Tensor, schedule, prediction_type: str) -> torch.Tensor:
-    """The noise that a prediction of any type stands for, differentiably: L_SDS compares noise with noise."""
-    if prediction_type == "epsilon":
-        return pred
-    alpha, sigma = alpha_sigma(schedule, t, z_t)
-    if prediction_type == "v_prediction":
-        return alpha * pred + sigma * z_t
-    return (z_t - alpha * pred) / sigma
 
 
 class SDSCLIP:
@@ -154,7 +144,7 @@ class SDSCLIP:
             pred = teacher.predict(z_t, t, text)
         how = {"weighting": self.loss.weighting, "reduction": "mean"}
         if through:
-            eps_hat = epsilon(pred, z_t, t, schedule, teacher.prediction_type)
+            eps_hat = ops.convert(pred, z_t, t, schedule, source=teacher.prediction_type, target="epsilon")
             return ops.denoising_loss(eps_hat, noise, t, schedule, **how)
         # ops' value is half the energy and its gradient w (eps_hat - eps) / numel: twice both is L_SDS
         return 2 * ops.sds_loss(z, pred, noise, t, schedule, x_t=z_t, prediction_type=teacher.prediction_type, **how)
