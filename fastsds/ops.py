@@ -306,7 +306,7 @@ def dmd_loss(
     if mask is not None:
         kept = _mask(mask, x)
         real, fake = (torch.where(kept, v, 0.0) for v in (real, fake))
-        count = kept.sum().to(dtype) if reduction == "mean" else count
+        count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.stack([torch.ones_like(w), torch.zeros_like(w), torch.ones_like(w), w])
     return _inject(
         x, fake, None, None, real, factors, (0, None, None), 0.0, math.inf, nonfinite, value, count, return_grad
@@ -361,7 +361,7 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
     if mask is not None:
         kept = _mask(mask, x)
         grad = torch.where(kept, grad, 0.0)
-        count = kept.sum().to(dtype) if reduction == "mean" else count
+        count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=x.device)[:, None].expand(4, len(x)).contiguous()
     return _inject(x, grad, None, None, None, factors, (0, None, None), 0.0, math.inf, "propagate", value, count, False)
 
