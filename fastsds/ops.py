@@ -16,6 +16,8 @@ import torch
 from fastsds import arguments, reference
 from fastsds.arguments import FORMS, ORDERS, REDUCTIONS, WEIGHTINGS
 from fastsds.counter import Noise, Purpose, draw
+from fastsds.kernels import geglu as _geglu
+from fastsds.kernels import layer_norm as _layer_norm
 from fastsds.kernels import noise as _noise
 from fastsds.kernels import score, sid
 from fastsds.schedule import PREDICTION_TYPES, conversion, target_factors
@@ -27,8 +29,8 @@ NORMS = ("sample", "batch", None)
 
 __all__ = [
     "FORMS", "NONFINITE", "NORMS", "ORDERS", "PREDICTION_TYPES", "REDUCTIONS", "VALUES", "WEIGHTINGS",
-    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "guide", "inject_grad", "min_snr",
-    "power", "sds_loss", "sid_loss",
+    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "geglu", "guide", "inject_grad",
+    "layer_norm", "min_snr", "power", "sds_loss", "sid_loss",
 ]  # fmt: skip
 
 
@@ -364,6 +366,42 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
         count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=x.device)[:, None].expand(4, len(x)).contiguous()
     return _inject(x, grad, None, None, None, factors, (0, None, None), 0.0, math.inf, "propagate", value, count, False)
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Normalise the last axis in a frozen network: a gradient to x alone.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Shapes: x, y [..., n], any strides, n at most 8,192; weight, bias [n].
+    Returns: y in x's dtype, differentiable in x.
+    Raises: ValueError naming the argument; also for a weight that asks for a gradient.
+    Numerics: fp32 arithmetic, mean before variance, one rounding.
+    Cost: forward reads x and writes y; backward reads x and dy and writes dx. Only x is saved.
+    Source: Ba et al. 2016.
+    """
+    arguments.sample(x, "x")
+    for v, name in ((weight, "weight"), (bias, "bias")):
+        arguments.frozen(v, name, x.shape[-1], x)
+    return _layer_norm.layer_norm(arguments.savable(x), weight, bias, arguments.number(eps, "eps", 0))
+
+
+def geglu(x):
+    """Gate one half of the last axis by the other, as diffusers' feed-forward blocks do: a gradient to x.
+
+        y = h gelu(q),   (h, q) = halves of x,   gelu(q) = q Phi(q), exact
+
+    Shapes: x [..., 2 n], any strides; y [..., n].
+    Returns: y in x's dtype, differentiable in x.
+    Raises: ValueError naming the argument.
+    Numerics: fp32 arithmetic, one rounding.
+    Cost: forward reads x and writes half of it; backward reads x and dy and writes dx. Only x is saved.
+    Source: Shazeer 2020.
+    """
+    arguments.sample(x, "x")
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: an even last axis expected (two halves), got {tuple(x.shape)}")
+    return _geglu.geglu(arguments.savable(x))
 
 
 def _inject(x, pred, other, y, eps, factors, stream, guidance, clip, nonfinite, value, count, return_grad):

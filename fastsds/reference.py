@@ -214,3 +214,47 @@ def sid_gradients(x, real, fake, weight, alpha, scale):
     w = scale.to(dtype) * rows(weight.to(dtype), x)
     found = (-w * d, w * (e + (1 - 2 * alpha) * d), w * (2 * alpha * d - e))
     return tuple(g.to(v.dtype) for g, v in zip(found, (x, real, fake)))
+
+
+# -- norms and gates of frozen networks: gradients of the input alone --------------------------------------------------
+
+
+def layer_norm(x, weight, bias, eps):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in x's dtype."""
+    dtype = compute_dtype(x)
+    xhat = _normalised(x.to(dtype), -1, eps)[0]
+    return (xhat * weight.to(dtype) + bias.to(dtype)).to(x.dtype)
+
+
+def layer_norm_gradient(g, x, weight, eps):
+    """The gradient of x for the upstream gradient g, in x's dtype."""
+    dtype = compute_dtype(x)
+    xhat, rstd = _normalised(x.to(dtype), -1, eps)
+    h = g.to(dtype) * weight.to(dtype)
+    return (rstd * (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def _normalised(x, axes, eps):
+    """(xhat, rstd): the mean twice, then the squares of what is left, so that a large mean costs no digits."""
+    d = x - x.mean(axes, keepdim=True)
+    d = d - d.mean(axes, keepdim=True)
+    rstd = (d.square().mean(axes, keepdim=True) + eps).rsqrt()
+    return d * rstd, rstd
+
+
+def geglu(x):
+    """h * gelu(q), h and q the halves of x's last axis, in x's dtype."""
+    h, q = x.to(compute_dtype(x)).chunk(2, -1)
+    return (h * q * _phi(q)).to(x.dtype)
+
+
+def geglu_gradient(g, x):
+    """The gradient of x for the upstream gradient g, in x's dtype."""
+    dtype = compute_dtype(x)
+    g, (h, q) = g.to(dtype), x.to(dtype).chunk(2, -1)
+    density = torch.exp(-0.5 * q * q) / math.sqrt(2 * math.pi)
+    return torch.cat([g * q * _phi(q), g * h * (_phi(q) + q * density)], -1).to(x.dtype)
+
+
+def _phi(q):
+    return 0.5 * torch.special.erfc(-q * math.sqrt(0.5))
