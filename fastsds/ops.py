@@ -17,6 +17,7 @@ from fastsds import arguments, reference
 from fastsds.arguments import FORMS, ORDERS, REDUCTIONS, WEIGHTINGS
 from fastsds.counter import Noise, Purpose, draw
 from fastsds.kernels import geglu as _geglu
+from fastsds.kernels import group_norm_silu as _group_norm_silu
 from fastsds.kernels import layer_norm as _layer_norm
 from fastsds.kernels import noise as _noise
 from fastsds.kernels import score, sid
@@ -29,8 +30,8 @@ NORMS = ("sample", "batch", None)
 
 __all__ = [
     "FORMS", "NONFINITE", "NORMS", "ORDERS", "PREDICTION_TYPES", "REDUCTIONS", "VALUES", "WEIGHTINGS",
-    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "geglu", "guide", "inject_grad",
-    "layer_norm", "min_snr", "power", "sds_loss", "sid_loss",
+    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "geglu", "group_norm_silu", "guide",
+    "inject_grad", "layer_norm", "min_snr", "power", "sds_loss", "sid_loss",
 ]  # fmt: skip
 
 
@@ -366,6 +367,33 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
         count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=x.device)[:, None].expand(4, len(x)).contiguous()
     return _inject(x, grad, None, None, None, factors, (0, None, None), 0.0, math.inf, "propagate", value, count, False)
+
+
+def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True):
+    """Normalise groups of channels in a frozen network, and apply SiLU: a gradient to x alone.
+
+        n = (x - mean) / sqrt(var + eps) * weight + bias,   y = n sigmoid(n), or n without silu
+
+    Shapes: x, y [B, C, ...], contiguous or channels_last; weight, bias [C].
+    Args:
+        groups: how many, a divisor of C.
+    Returns: y in x's dtype and layout, differentiable in x.
+    Raises: ValueError naming the argument; also for a weight that asks for a gradient.
+    Numerics: fp32 arithmetic, mean before variance, one rounding.
+    Cost: forward reads x and writes y; backward reads x and dy and writes dx. Only x is saved, and [B groups] statistics.
+    Source: Wu and He 2018; Hendrycks and Gimpel 2016 (SiLU).
+    """
+    arguments.sample(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x: shape [B, C, ...] expected, got {tuple(x.shape)}")
+    if _group_norm_silu.is_channels_last(x) is None:
+        raise ValueError(f"x: contiguous or channels_last expected, got strides {x.stride()} of shape {tuple(x.shape)}")
+    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: a divisor of the {x.shape[1]} channels expected, got {groups!r}")
+    for v, name in ((weight, "weight"), (bias, "bias")):
+        arguments.frozen(v, name, x.shape[1], x)
+    x, eps = arguments.savable(x), arguments.number(eps, "eps", 0)
+    return _group_norm_silu.group_norm_silu(x, weight, bias, groups, eps, bool(silu))[0]
 
 
 def layer_norm(x, weight, bias, eps=1e-5):

@@ -242,6 +242,36 @@ def _normalised(x, axes, eps):
     return d * rstd, rstd
 
 
+def group_norm_silu(x, weight, bias, groups, eps, silu):
+    """(y, mean, rstd): group norm of [B, C, ...], with SiLU if asked, in x's dtype; the statistics unrounded, [B groups]."""
+    dtype = compute_dtype(x)
+    grouped = x.to(dtype).reshape(x.shape[0], groups, -1)
+    xhat, rstd = _normalised(grouped, -1, eps)
+    n = xhat.reshape(x.shape) * _channels(weight, x, dtype) + _channels(bias, x, dtype)
+    mean = grouped.mean(-1) + (grouped - grouped.mean(-1, keepdim=True)).mean(-1)
+    return (n * n.sigmoid() if silu else n).to(x.dtype), mean.flatten(), rstd.flatten()
+
+
+def group_norm_silu_gradient(g, x, weight, bias, mean, rstd, groups, silu):
+    """The gradient of x for the upstream gradient g, in x's dtype."""
+    dtype = compute_dtype(x)
+    w, b = _channels(weight, x, dtype), _channels(bias, x, dtype)
+    mean, rstd = (v.to(dtype).view(x.shape[0], groups, 1) for v in (mean, rstd))
+    xhat = (x.to(dtype).reshape(x.shape[0], groups, -1) - mean) * rstd
+    h = g.to(dtype) * w
+    if silu:
+        n = xhat.reshape(x.shape) * w + b
+        s = n.sigmoid()
+        h = h * (s * (1 + n * (1 - s)))
+    h = h.reshape(xhat.shape)
+    dx = rstd * (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True))
+    return dx.reshape(x.shape).to(x.dtype)
+
+
+def _channels(v, x, dtype):
+    return v.to(dtype).view(1, -1, *(1,) * (x.ndim - 2))
+
+
 def geglu(x):
     """h * gelu(q), h and q the halves of x's last axis, in x's dtype."""
     h, q = x.to(compute_dtype(x)).chunk(2, -1)
