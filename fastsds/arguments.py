@@ -170,3 +170,16 @@ def denominator(reduction, x):
             raise ValueError(f"reduction: 'spatial' divides by the last two axes of [B, ..., H, W], got {tuple(x.shape)}")
         return {"batch": x.shape[0], "mean": x.numel(), "sum": 1, "spatial": math.prod(x.shape[-2:])}[reduction]
     return number(reduction, "reduction", 0, above=True)
+
+
+def frozen(v, name, n, x):
+    """A weight [n] of a frozen network, on x's device."""
+    if not isinstance(v, torch.Tensor) or v.dtype not in launch.DTYPES:
+        got = getattr(v, "dtype", type(v).__name__)
+        raise ValueError(f"{name}: a tensor of fp16, bf16, fp32 or fp64 expected, got {got}")
+    if v.shape != (n,) or not v.is_contiguous():
+        raise ValueError(f"{name}: a contiguous tensor [{n}] expected, got {tuple(v.shape)}")
+    if v.device != x.device:
+        raise ValueError(f"{name}: on {v.device}, expected on {x.device}")
+    if v.requires_grad:
+        raise ValueError(f"{name}: requires a gradient, but this op is for frozen networks; detach it")

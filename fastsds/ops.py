@@ -16,6 +16,9 @@ import torch
 from fastsds import arguments, reference
 from fastsds.arguments import FORMS, ORDERS, REDUCTIONS, WEIGHTINGS
 from fastsds.counter import Noise, Purpose, draw
+from fastsds.kernels import geglu as _geglu
+from fastsds.kernels import group_norm_silu as _group_norm_silu
+from fastsds.kernels import layer_norm as _layer_norm
 from fastsds.kernels import noise as _noise
 from fastsds.kernels import score, sid
 from fastsds.schedule import PREDICTION_TYPES, conversion, target_factors
@@ -27,8 +30,8 @@ NORMS = ("sample", "batch", None)
 
 __all__ = [
     "FORMS", "NONFINITE", "NORMS", "ORDERS", "PREDICTION_TYPES", "REDUCTIONS", "VALUES", "WEIGHTINGS",
-    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "guide", "inject_grad", "min_snr",
-    "power", "sds_loss", "sid_loss",
+    "Noise", "Purpose", "add_noise", "convert", "denoising_loss", "dmd_loss", "draw", "geglu", "group_norm_silu", "guide",
+    "inject_grad", "layer_norm", "min_snr", "power", "sds_loss", "sid_loss",
 ]  # fmt: skip
 
 
@@ -204,8 +207,8 @@ def sds_loss(
     Cost: forward reads pred (both halves), backward reads it again and writes the gradient; plus the tensors given. eps of a
         `Noise` is regenerated, never stored. "x0_error" and "drop_sample" read once more. Tensors made under
         inference_mode are cloned, as autograd cannot save them.
-    Source: Poole et al. 2022 (DreamFusion), equation 3; Wang et al. 2023 (VSD), equation 9; Yu et al. 2023 (CSD);
-        Hertz et al. 2023 (DDS), equation 3.
+    Source: Poole et al. 2022 (DreamFusion), equation 3; Wang et al. 2023 (VSD, arXiv 2305.16213); Yu et al.
+        2023 (CSD, arXiv 2310.19415); Hertz et al. 2023 (DDS, arXiv 2304.07090).
     """
     arguments.sample(x0, "x0")
     kind, ref_kind = _type(prediction_type), _type(ref_prediction_type, "ref_prediction_type")
@@ -277,7 +280,7 @@ def dmd_loss(
     Numerics: fp32 arithmetic, float64 for float64 inputs; one rounding. Where x equals x0_real, n is the smallest normal
         number rather than 0.
     Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient.
-    Source: Yin et al. 2024 (DMD), equations 7 and 8.
+    Source: Yin et al. 2024 (DMD, arXiv 2311.18828), equations 7 and 8.
     """
     arguments.sample(x, "x")
     for v, name in ((x0_real, "x0_real"), (x0_fake, "x0_fake")):
@@ -306,7 +309,7 @@ def dmd_loss(
     if mask is not None:
         kept = _mask(mask, x)
         real, fake = (torch.where(kept, v, 0.0) for v in (real, fake))
-        count = kept.sum().to(dtype) if reduction == "mean" else count
+        count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.stack([torch.ones_like(w), torch.zeros_like(w), torch.ones_like(w), w])
     return _inject(
         x, fake, None, None, real, factors, (0, None, None), 0.0, math.inf, nonfinite, value, count, return_grad
@@ -326,7 +329,7 @@ def sid_loss(x, x0_real, x0_fake, *, alpha=1.0, floor=1e-5, reduction="sum"):
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic, one rounding of each gradient.
     Cost: forward reads x and x0_real twice, x0_fake once; backward reads all three and writes three gradients.
-    Source: Zhou et al. 2024 (SiD, arXiv 2404.04057), equations 23 and 24.
+    Source: Zhou et al. 2024 (SiD, arXiv 2404.04057).
     """
     arguments.sample(x, "x")
     for v, name in ((x0_real, "x0_real"), (x0_fake, "x0_fake")):
@@ -361,9 +364,72 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
     if mask is not None:
         kept = _mask(mask, x)
         grad = torch.where(kept, grad, 0.0)
-        count = kept.sum().to(dtype) if reduction == "mean" else count
+        count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=x.device)[:, None].expand(4, len(x)).contiguous()
     return _inject(x, grad, None, None, None, factors, (0, None, None), 0.0, math.inf, "propagate", value, count, False)
+
+
+def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True):
+    """Normalise groups of channels in a frozen network, and apply SiLU: a gradient to x alone.
+
+        n = (x - mean) / sqrt(var + eps) * weight + bias,   y = n sigmoid(n), or n without silu
+
+    Shapes: x, y [B, C, ...], contiguous or channels_last; weight, bias [C].
+    Args:
+        groups: how many, a divisor of C.
+    Returns: y in x's dtype and layout, differentiable in x.
+    Raises: ValueError naming the argument; also for a weight that asks for a gradient.
+    Numerics: fp32 arithmetic, mean before variance, one rounding.
+    Cost: forward reads x and writes y; backward reads x and dy and writes dx. Only x is saved, and [B groups] statistics.
+    Source: Wu and He 2018; Hendrycks and Gimpel 2016 (SiLU).
+    """
+    arguments.sample(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x: shape [B, C, ...] expected, got {tuple(x.shape)}")
+    if _group_norm_silu.is_channels_last(x) is None:
+        raise ValueError(f"x: contiguous or channels_last expected, got strides {x.stride()} of shape {tuple(x.shape)}")
+    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: a divisor of the {x.shape[1]} channels expected, got {groups!r}")
+    for v, name in ((weight, "weight"), (bias, "bias")):
+        arguments.frozen(v, name, x.shape[1], x)
+    x, eps = arguments.savable(x), arguments.number(eps, "eps", 0)
+    return _group_norm_silu.group_norm_silu(x, weight, bias, groups, eps, bool(silu))[0]
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Normalise the last axis in a frozen network: a gradient to x alone.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Shapes: x, y [..., n], any strides, n at most 8,192; weight, bias [n].
+    Returns: y in x's dtype, differentiable in x.
+    Raises: ValueError naming the argument; also for a weight that asks for a gradient.
+    Numerics: fp32 arithmetic, mean before variance, one rounding.
+    Cost: forward reads x and writes y; backward reads x and dy and writes dx. Only x is saved.
+    Source: Ba et al. 2016.
+    """
+    arguments.sample(x, "x")
+    for v, name in ((weight, "weight"), (bias, "bias")):
+        arguments.frozen(v, name, x.shape[-1], x)
+    return _layer_norm.layer_norm(arguments.savable(x), weight, bias, arguments.number(eps, "eps", 0))
+
+
+def geglu(x):
+    """Gate one half of the last axis by the other, as diffusers' feed-forward blocks do: a gradient to x.
+
+        y = h gelu(q),   (h, q) = halves of x,   gelu(q) = q Phi(q), exact
+
+    Shapes: x [..., 2 n], any strides; y [..., n].
+    Returns: y in x's dtype, differentiable in x.
+    Raises: ValueError naming the argument.
+    Numerics: fp32 arithmetic, one rounding.
+    Cost: forward reads x and writes half of it; backward reads x and dy and writes dx. Only x is saved.
+    Source: Shazeer 2020.
+    """
+    arguments.sample(x, "x")
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: an even last axis expected (two halves), got {tuple(x.shape)}")
+    return _geglu.geglu(arguments.savable(x))
 
 
 def _inject(x, pred, other, y, eps, factors, stream, guidance, clip, nonfinite, value, count, return_grad):

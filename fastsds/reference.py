@@ -214,3 +214,77 @@ def sid_gradients(x, real, fake, weight, alpha, scale):
     w = scale.to(dtype) * rows(weight.to(dtype), x)
     found = (-w * d, w * (e + (1 - 2 * alpha) * d), w * (2 * alpha * d - e))
     return tuple(g.to(v.dtype) for g, v in zip(found, (x, real, fake)))
+
+
+# -- norms and gates of frozen networks: gradients of the input alone --------------------------------------------------
+
+
+def layer_norm(x, weight, bias, eps):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in x's dtype."""
+    dtype = compute_dtype(x)
+    xhat = _normalised(x.to(dtype), -1, eps)[0]
+    return (xhat * weight.to(dtype) + bias.to(dtype)).to(x.dtype)
+
+
+def layer_norm_gradient(g, x, weight, eps):
+    """The gradient of x for the upstream gradient g, in x's dtype."""
+    dtype = compute_dtype(x)
+    xhat, rstd = _normalised(x.to(dtype), -1, eps)
+    h = g.to(dtype) * weight.to(dtype)
+    return (rstd * (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def _normalised(x, axes, eps):
+    """(xhat, rstd): the mean twice, then the squares of what is left, so that a large mean costs no digits."""
+    d = x - x.mean(axes, keepdim=True)
+    d = d - d.mean(axes, keepdim=True)
+    rstd = (d.square().mean(axes, keepdim=True) + eps).rsqrt()
+    return d * rstd, rstd
+
+
+def group_norm_silu(x, weight, bias, groups, eps, silu):
+    """(y, mean, rstd): group norm of [B, C, ...], with SiLU if asked, in x's dtype; the statistics unrounded, [B groups]."""
+    dtype = compute_dtype(x)
+    grouped = x.to(dtype).reshape(x.shape[0], groups, -1)
+    xhat, rstd = _normalised(grouped, -1, eps)
+    n = xhat.reshape(x.shape) * _channels(weight, x, dtype) + _channels(bias, x, dtype)
+    mean = grouped.mean(-1) + (grouped - grouped.mean(-1, keepdim=True)).mean(-1)
+    return (n * n.sigmoid() if silu else n).to(x.dtype), mean.flatten(), rstd.flatten()
+
+
+def group_norm_silu_gradient(g, x, weight, bias, mean, rstd, groups, silu):
+    """The gradient of x for the upstream gradient g, in x's dtype."""
+    dtype = compute_dtype(x)
+    w, b = _channels(weight, x, dtype), _channels(bias, x, dtype)
+    mean, rstd = (v.to(dtype).view(x.shape[0], groups, 1) for v in (mean, rstd))
+    xhat = (x.to(dtype).reshape(x.shape[0], groups, -1) - mean) * rstd
+    h = g.to(dtype) * w
+    if silu:
+        n = xhat.reshape(x.shape) * w + b
+        s = n.sigmoid()
+        h = h * (s * (1 + n * (1 - s)))
+    h = h.reshape(xhat.shape)
+    dx = rstd * (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True))
+    return dx.reshape(x.shape).to(x.dtype)
+
+
+def _channels(v, x, dtype):
+    return v.to(dtype).view(1, -1, *(1,) * (x.ndim - 2))
+
+
+def geglu(x):
+    """h * gelu(q), h and q the halves of x's last axis, in x's dtype."""
+    h, q = x.to(compute_dtype(x)).chunk(2, -1)
+    return (h * q * _phi(q)).to(x.dtype)
+
+
+def geglu_gradient(g, x):
+    """The gradient of x for the upstream gradient g, in x's dtype."""
+    dtype = compute_dtype(x)
+    g, (h, q) = g.to(dtype), x.to(dtype).chunk(2, -1)
+    density = torch.exp(-0.5 * q * q) / math.sqrt(2 * math.pi)
+    return torch.cat([g * q * _phi(q), g * h * (_phi(q) + q * density)], -1).to(x.dtype)
+
+
+def _phi(q):
+    return 0.5 * torch.special.erfc(-q * math.sqrt(0.5))

@@ -101,3 +101,22 @@ class Layout:
             (row // self.unit, *((0,) * pad + tuple(s) if not self.contiguous else (0,) * MAX_INNER))
             for row, s in zip(batch, strides)
         ]
+
+
+class Rows:
+    """How the kernels find the rows, [n] along the last axis, of several tensors that share all axes but the last.
+
+    Row r of a tensor starts at `noise.offsets(r, sizes, strides, single)` units of `unit` elements; the axes before the last
+    are merged where all tensors allow it, and nothing is ever copied. A program takes `tile` = (rows, columns).
+    """
+
+    def __init__(self, n, *tensors, columns=BLOCK):
+        heads = Layout(*(v[..., 0][None] for v in tensors))
+        self.rows, self.n, self.single = heads.n, n, heads.contiguous
+        self.sizes, self.steps = heads.sizes, [v.stride(-1) if n > 1 else 1 for v in tensors]
+        strides = [s[1:] for s in heads.strides]
+        wide = all(s == 1 for s in self.steps) and (self.rows == 1 or not self.single)
+        self.unit = math.gcd(16, n, *(s for row in strides for s in row)) if wide else 1
+        self.strides = [(0, *(s // self.unit for s in row)) for row in strides]
+        width = min(columns, triton.next_power_of_2(n))
+        self.tile = (max(1, min(2 * BLOCK // width, triton.next_power_of_2(self.rows))), width)

@@ -7,7 +7,7 @@
 Shapes: x, y_real, y_fake [B, ...] of any strides; R = B, or B * F for one weight a frame of [B, F, ...]. Backward
 recomputes d and e and writes the three gradients in one pass. Arithmetic fp32, one rounding at each store.
 Bytes an element: forward 3 s; backward 6 s (3 read, 3 written).
-Source: Zhou et al. 2024 (arXiv 2404.04057), equation 23.
+Source: Zhou et al. 2024 (SiD, arXiv 2404.04057).
 """
 
 import torch

@@ -71,6 +71,8 @@ def test_dmd_options(device):
     testing.assert_close(dot, (grad * x).sum())
     same = ops.dmd_loss(real, real, real, return_grad=True)
     assert same[0] == 0 and not same[1].any()
+    none = ops.dmd_loss(x, real, fake, mask=torch.zeros(2, device=device).bool(), return_grad=True)
+    assert none[0] == 0 and not none[1].any()
     fake[0, 0, 0, 0] = float("nan")
     grad = ops.dmd_loss(x, real, fake, nonfinite="zero", return_grad=True)[1]
     assert grad.isfinite().all() and grad[0, 0, 0, 0] == 0

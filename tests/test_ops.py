@@ -9,7 +9,7 @@ from fastsds import ops, testing
 from fastsds.kernels import launch
 
 ABAR = testing.alphas_cumprod()
-KERNEL_TESTS = ("test_philox.py", "test_noise.py", "test_score.py", "test_inject.py", "test_sid.py", "test_ops.py")
+KERNEL_TESTS = [f"test_{name}.py" for name in ("philox", "noise", "score", "inject", "sid", "norm", "ops")]
 
 
 def step(x0, pred, ids, t, abar, w):
@@ -109,6 +109,15 @@ def on_device(v):
             {"_residual_sum_kernel": 1, "_sid_energy_kernel": 1, "_sid_gradients_kernel": 1},
         ),
         (
+            lambda n, x, t, a: ops.layer_norm(x, a[:8], a[:8]).sum().backward(),
+            {"_layer_norm_kernel": 1, "_layer_norm_gradient_kernel": 1},
+        ),
+        (
+            lambda n, x, t, a: ops.group_norm_silu(x, a[:4], a[:4], 2).sum().backward(),
+            {"_group_norm_silu_kernel": 1, "_group_norm_silu_gradient_kernel": 1},
+        ),
+        (lambda n, x, t, a: ops.geglu(x).sum().backward(), {"_geglu_kernel": 1, "_geglu_gradient_kernel": 1}),
+        (
             lambda n, x, t, a: ops.inject_grad(x, x.detach()).backward(),
             {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
@@ -159,6 +168,12 @@ def test_unknown_devices_are_refused():
         "sid_gradients",
         "residual_gradient",
         "philox_words",
+        "layer_norm",
+        "layer_norm_gradient",
+        "geglu",
+        "geglu_gradient",
+        "group_norm_silu",
+        "group_norm_silu_gradient",
     ):
         kernels = torch._C._dispatch_dump(f"fastsds::{name}")
         assert re.search(r"^CPU:", kernels, re.M) and re.search(r"^CUDA:", kernels, re.M)
