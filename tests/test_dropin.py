@@ -318,6 +318,20 @@ def test_sanitising(policy, clip, dtype):
             assert ops.sds_loss(x, pred, noise, T, ddim(), value=value, **options).isfinite()
 
 
+@pytest.mark.parametrize("policy", ("clamp", "zero"))
+@pytest.mark.parametrize("broken", ("real", "fake"))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_sanitising_of_dmd(policy, broken, value):
+    """nan_to_num after the norm: one bad number of x0_real takes its whole sample with it, one of x0_fake only itself."""
+    x, real, fake, _ = case_of()
+    {"real": real, "fake": fake}[broken][1, 2, 3, 4] = value
+    g = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    g = torch.nan_to_num(g, 0.0, *((None, None) if policy == "clamp" else (0.0, 0.0)))
+    grad = gradient(lambda x0: ops.dmd_loss(x0, real, fake, nonfinite=policy, reduction="sum"), x)
+    assert (grad[1] != 0).sum() == {"real": 0, "fake": grad[1].numel() - (value != torch.inf or policy == "zero")}[broken]
+    torch.testing.assert_close(grad, g, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_predictions_made_under_inference_mode(dtype):
     """Latents that train, fp32 or float64; everything else an inference tensor, which autograd refuses to save."""
