@@ -30,12 +30,13 @@ def page(data):
     machine, commit = data["machine_info"], data.get("commit_info", {})
     device = machine.get("gpu") or f"CPU, {machine['threads']} thread(s)"
     dirty = ", with changes" if commit.get("dirty") else ""
-    lines = [f"{device}; torch {machine['torch']}, triton {machine['triton']}; commit {commit.get('id', 'unknown')[:12]}{dirty}.", ""]
+    versions = f"torch {machine['torch']}, triton {machine['triton']}"
+    lines = [f"{device}; {versions}; commit {commit.get('id', 'unknown')[:12]}{dirty}.", ""]
     cases, providers = defaultdict(dict), {}
     for run in data["benchmarks"]:
-        rest = {name: value for name, value in (run["params"] or {}).items() if name != "provider"}
-        values = ("x".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v).removeprefix("torch.") for v in rest.values())
-        provider = (run["params"] or {}).get("provider", "ours")
+        rest = dict(run["params"] or {})
+        provider = rest.pop("provider", "ours")
+        values = ("x".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in rest.values())
         cases[run["name"].split("[")[0].removeprefix("test_"), " ".join(values)][provider] = run
         providers[provider] = None
     lines += ["| op | case | " + " | ".join(providers) + " |", "|---" * (2 + len(providers)) + "|"]
@@ -44,7 +45,7 @@ def page(data):
     share = cases.get(("share_of_a_step", ""))
     if share and {"unet_forward", "ours"} <= set(share):
         ours, network = (milliseconds(share[name]) for name in ("ours", "unet_forward"))
-        lines += ["", f"Share of an SDS step (noise and loss over UNet forward, noise and loss): {100 * ours / (ours + network):.2g} %."]
+        lines += ["", f"Noise and loss are {100 * ours / (ours + network):.2g} % of a step of UNet forward, noise and loss."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ A row is a sample, or a frame of one where timesteps, weights or a mask say so: 
 """
 
 import math
+import numbers
 
 import torch
 
@@ -41,7 +42,7 @@ def matching(v, x, name):
 
 def number(value, name, low=-math.inf, above=False):
     """A finite real number, at least `low` (or above it), as a float."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < low or (above and value == low):
         bound = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
         raise ValueError(f"{name}: a finite number{bound} expected, got {value!r}")

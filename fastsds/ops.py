@@ -217,6 +217,8 @@ def sds_loss(
     clip = math.inf if clip is None else arguments.number(clip, "clip", 0)
     other, guidance = None, 0.0
     if guidance_scale is not None:
+        if isinstance(pred, torch.Tensor) and pred.shape == x0.shape:
+            raise ValueError(f"pred: both halves expected with guidance_scale, [2B, ...] or a pair, got {tuple(pred.shape)}")
         pred, other, guidance = arguments.guidance(pred, guidance_scale, order, form)
     arguments.matching(pred, x0, "pred")
     normalised = isinstance(weighting, str) and weighting.startswith("x0_error")

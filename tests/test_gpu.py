@@ -25,7 +25,12 @@ x_t, _ = ops.add_noise(x, t, abar, noise)
 loss = ops.sds_loss(x, (u, c), noise, t, abar, x_t=x_t, guidance_scale=3.0, prediction_type="v", nonfinite="drop_sample")
 loss = loss + ops.denoising_loss(c, noise, t, abar) + ops.dmd_loss(x, u, c) + ops.sid_loss(x, u, c)
 loss = loss + ops.inject_grad(x.transpose(1, 2), u.transpose(1, 2)) + x_t.float().sum() + noise.normal(9).sum()
-(loss + noise.uniform(9).sum()).backward()
+w = torch.randn(12, device="cuda").to(torch.bfloat16)
+image = torch.randn(2, 12, 9, 7, device="cuda").to(torch.bfloat16).requires_grad_()
+for v in (image, image.to(memory_format=torch.channels_last)):
+    loss = loss + ops.group_norm_silu(v, w, w, 3).float().sum()
+tokens = ops.layer_norm(image.flatten(2).mT, w, w)
+(loss + noise.uniform(9).sum() + ops.geglu(tokens).float().sum()).backward()
 torch.cuda.synchronize()
 """
 

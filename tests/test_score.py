@@ -513,7 +513,7 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, nonfinite="drop"), "nonfinite: one of"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, reduction=0.0), "reduction: a finite number above 0"),
         (lambda: ops.sds_loss(X[:, :, 0, 0], X[:, :, 0, 0], X[:, :, 0, 0], 0, ABAR, reduction="spatial"), "'spatial' divides"),
-        (lambda: ops.sds_loss(X, X, X, 0, ABAR, guidance_scale=2.0), "pred: shape"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, guidance_scale=2.0), "pred: both halves expected"),
         (lambda: ops.sds_loss(X, (X,), X, 0, ABAR, guidance_scale=2.0), "a pair .* got 1"),
         (lambda: ops.guide(X[:1], 2.0), r"pred: \[2B, ...\] or a pair"),
         (lambda: ops.guide(X, 2.0, order="first"), "order: one of"),
