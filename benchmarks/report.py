@@ -9,6 +9,13 @@ import sys
 from collections import defaultdict
 
 
+def text(value):
+    """A parameter as a reader writes it; pytest-benchmark wraps what JSON does not know."""
+    if isinstance(value, (list, tuple)):
+        return "x".join(map(str, value))
+    return str(value).removeprefix("UNSERIALIZABLE[").removesuffix("]").removeprefix("torch.")
+
+
 def milliseconds(run):
     extra = run["extra_info"]
     return extra["device_ms"]["median"] if "device_ms" in extra else run["stats"]["median"] * 1e3
@@ -18,7 +25,7 @@ def cell(run):
     extra = run["extra_info"]
     parts = [f"{milliseconds(run):.3g} ms"]
     if extra.get("bytes"):
-        parts.append(f"{extra['percent_of_copy']:.0f} %")
+        parts.append(f"{extra['percent_of_copy']:.2g} %")
     if "peak_memory" in extra:
         parts.append(f"{extra['peak_memory'] / 2**20:.0f} MiB")
     if "launches" in extra:
@@ -32,11 +39,13 @@ def page(data):
     dirty = ", with changes" if commit.get("dirty") else ""
     versions = f"torch {machine['torch']}, triton {machine['triton']}"
     lines = [f"{device}; {versions}; commit {commit.get('id', 'unknown')[:12]}{dirty}.", ""]
+    if not machine.get("gpu"):
+        lines += ["On the CPU the ops run their twins in plain torch: nothing here says anything of the kernels.", ""]
     cases, providers = defaultdict(dict), {}
     for run in data["benchmarks"]:
         rest = dict(run["params"] or {})
         provider = rest.pop("provider", "ours")
-        values = ("x".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in rest.values())
+        values = map(text, rest.values())
         cases[run["name"].split("[")[0].removeprefix("test_"), " ".join(values)][provider] = run
         providers[provider] = None
     lines += ["| op | case | " + " | ".join(providers) + " |", "|---" * (2 + len(providers)) + "|"]
