@@ -12,7 +12,7 @@ from fastsds import ops, testing
 from fastsds.kernels import geglu, group_norm_silu, layer_norm
 
 GPU = torch.cuda.is_available()
-IMAGES = ((8, 320, 64, 64), (8, 640, 32, 32), (8, 1280, 16, 16)) if GPU else ((2, 32, 8, 8),)
+IMAGES = ((8, 320, 64, 64), (8, 960, 64, 64), (8, 640, 32, 32), (8, 1280, 16, 16)) if GPU else ((2, 32, 8, 8),)
 TOKENS = ((8 * 4096, 320), (8 * 1024, 640)) if GPU else ((64, 32),)
 PROVIDERS = pytest.mark.parametrize("provider", ("ours", "eager", "compile"))
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))

@@ -174,7 +174,7 @@ def denominator(reduction, x):
 
 
 def frozen(v, name, n, x):
-    """A weight [n] of a frozen network, on x's device."""
+    """A weight [n] of a frozen network, on x's device; such that autograd can save it."""
     if not isinstance(v, torch.Tensor) or v.dtype not in launch.DTYPES:
         got = getattr(v, "dtype", type(v).__name__)
         raise ValueError(f"{name}: a tensor of fp16, bf16, fp32 or fp64 expected, got {got}")
@@ -184,3 +184,4 @@ def frozen(v, name, n, x):
         raise ValueError(f"{name}: on {v.device}, expected on {x.device}")
     if v.requires_grad:
         raise ValueError(f"{name}: requires a gradient, but this op is for frozen networks; detach it")
+    return savable(v)

@@ -392,8 +392,7 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True):
         raise ValueError(f"x: contiguous or channels_last expected, got strides {x.stride()} of shape {tuple(x.shape)}")
     if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups: a divisor of the {x.shape[1]} channels expected, got {groups!r}")
-    for v, name in ((weight, "weight"), (bias, "bias")):
-        arguments.frozen(v, name, x.shape[1], x)
+    weight, bias = (arguments.frozen(v, name, x.shape[1], x) for v, name in ((weight, "weight"), (bias, "bias")))
     x, eps = arguments.savable(x), arguments.number(eps, "eps", 0)
     return _group_norm_silu.group_norm_silu(x, weight, bias, groups, eps, bool(silu))[0]
 
@@ -411,8 +410,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
     Source: Ba et al. 2016.
     """
     arguments.sample(x, "x")
-    for v, name in ((weight, "weight"), (bias, "bias")):
-        arguments.frozen(v, name, x.shape[-1], x)
+    weight, bias = (arguments.frozen(v, name, x.shape[-1], x) for v, name in ((weight, "weight"), (bias, "bias")))
     return _layer_norm.layer_norm(arguments.savable(x), weight, bias, arguments.number(eps, "eps", 0))
 
 

@@ -153,6 +153,16 @@ def test_only_the_input_is_saved():
     assert {v.data_ptr() for v in saved if v.numel() > 64} == {x.data_ptr()}
 
 
+def test_weights_made_in_inference_mode():
+    """Autograd refuses to save such tensors; a frozen network may have been loaded there."""
+    with torch.inference_mode():
+        w, b = torch.randn(8), torch.randn(8)
+    x = torch.randn(2, 8, 8, requires_grad=True)
+    for function in (lambda w, b: ops.layer_norm(x, w, b), lambda w, b: ops.group_norm_silu(x, w, b, 2)):
+        ours, plain = (torch.autograd.grad(function(*v).square().sum(), x)[0] for v in ((w, b), (w.clone(), b.clone())))
+        assert torch.equal(ours, plain)
+
+
 def test_diffusers_blocks_own_parts():
     """The parts of the UNet's two kinds of block, with the block's own weights."""
     from diffusers.models.attention import BasicTransformerBlock
