@@ -119,14 +119,18 @@ class zero123:
         with torch.no_grad():
             noise = torch.randn_like(x0)
             x_t = s.scheduler.add_noise(x0, noise, s.t)
-            pred = guided(s.unet(twice(x_t), twice(s.t), s.text), 5.0)
-        return regression(x0, x0 - torch.nan_to_num(w * (pred - noise)), "sum")
+            cond, uncond = s.unet(twice(x_t), twice(s.t), s.text.roll(len(x0), 0)).chunk(2)
+        grad = torch.nan_to_num(w * (uncond + 5.0 * (cond - uncond) - noise))
+        return regression(x0, x0 - grad, "sum")
 
     def after(x0, s):
         with torch.no_grad():
             x_t, noise = ops.add_noise(x0, s.t, s.scheduler)
-            pred = guided(s.unet(twice(x_t), twice(s.t), s.text), 5.0)
-        return ops.sds_loss(x0, pred, noise, s.t, s.scheduler, weighting="sigma2", reduction="sum", value="target")
+            cond, uncond = s.unet(twice(x_t), twice(s.t), s.text.roll(len(x0), 0)).chunk(2)
+        return ops.sds_loss(
+            x0, (cond, uncond), noise, s.t, s.scheduler, guidance_scale=5.0, order="cond_first", weighting="sigma2",
+            nonfinite="clamp", reduction="sum", value="target",
+        )  # fmt: skip
 
 
 @program()
@@ -242,14 +246,14 @@ class sdi:
 
 @program()
 class sjc:
-    """Variance exploding: x0 + sigma n, scaled for the network; the gradient from the denoiser D."""
+    """Variance exploding: x0 + sigma n, scaled for the network and cast to its dtype; the gradient from the denoiser D."""
 
     def before(x0, s):
         abar = s.scheduler.alphas_cumprod[s.t]
         sigma = rows(((1 - abar) / abar).sqrt())
         with torch.no_grad():
             x_t = x0 + sigma * torch.randn_like(x0)
-            pred = s.unet(twice(x_t / (1 + sigma**2).sqrt()), twice(s.t), s.text)
+            pred = s.unet(twice(x_t / (1 + sigma**2).sqrt()).to(x0.dtype), twice(s.t), s.text)
             denoised = x_t - sigma * guided(pred, 3.0)
         return regression(x0, x0 + (denoised - x0) / sigma, "sum") / len(x0)
 
@@ -258,7 +262,7 @@ class sjc:
         sigma = rows(((1 - abar) / abar).sqrt())
         with torch.no_grad():
             x_t, noise = ops.add_noise(x0, s.t, (1.0, sigma))
-            pred = s.unet(twice(x_t / (1 + sigma**2).sqrt()), twice(s.t), s.text)
+            pred = s.unet(twice(x_t / (1 + sigma**2).sqrt()).to(x0.dtype), twice(s.t), s.text)
         return ops.sds_loss(x0, pred, noise, s.t, (1.0, sigma), guidance_scale=3.0, value="target")
 
 
@@ -276,8 +280,8 @@ class vsd:
             noise = torch.randn_like(x0)
             x_t = s.scheduler.add_noise(x0, noise, t)
             pred = s.unet(twice(x_t), t, s.text)
-            phi = guided(s.adapter(twice(x_t), t, s.text), 1.5)
-        phi = abar.sqrt() * phi + (1 - abar).sqrt() * x_t
+            phi = s.adapter(twice(x_t), t, s.text)
+        phi = abar.sqrt() * guided(phi, 1.5) + (1 - abar).sqrt() * x_t
         grad = (1 - abar) * (guided(pred, 7.5) - phi)
         return regression(x0, x0 - torch.nan_to_num(grad.clamp(-5.0, 5.0)), "sum") / len(x0)
 
@@ -286,10 +290,10 @@ class vsd:
         with torch.no_grad():
             x_t, noise = ops.add_noise(x0, t, s.scheduler)
             pred = s.unet(twice(x_t), t, s.text)
-            phi = guided(s.adapter(twice(x_t), t, s.text), 1.5)
+            phi = s.adapter(twice(x_t), t, s.text)
         return ops.sds_loss(
-            x0, pred, phi, t, s.scheduler, x_t=x_t, guidance_scale=7.5, ref_prediction_type="v_prediction",
-            weighting="sigma2", clip=5.0, nonfinite="clamp", value="target",
+            x0, pred, ops.guide(phi, 1.5), t, s.scheduler, x_t=x_t, guidance_scale=7.5,
+            ref_prediction_type="v_prediction", weighting="sigma2", clip=5.0, nonfinite="clamp", value="target",
         )  # fmt: skip
 
 
@@ -516,7 +520,8 @@ class sid_lsg:
 
 @program()
 class sid_converted:
-    """SiD at alpha 1, where it is (real - fake)(fake - x0), and our conversion instead of the scheduler's x0-hat."""
+    """SiD at alpha 1, where it is (real - fake)(fake - x0), and our conversion instead of the scheduler's x0-hat. It keeps
+    the dtype it is given: x0-hats in half precision would be rounded before they are subtracted."""
 
     def before(x0, s):
         abar = rows(s.scheduler.alphas_cumprod[s.t])
@@ -529,7 +534,7 @@ class sid_converted:
     def after(x0, s):
         x_t = s.scheduler.add_noise(x0, s.noise, s.t)
         pred = [net(x_t, s.t, s.cond) for net in (s.unet, s.adapter)]
-        real, fake = [ops.convert(v, x_t, s.t, s.scheduler, source="epsilon", target="sample") for v in pred]
+        real, fake = [ops.convert(wide(v), x_t, s.t, s.scheduler, source="epsilon", target="sample") for v in pred]
         return ops.sid_loss(x0, real, fake)
 
 
