@@ -410,6 +410,8 @@ def layer_norm(x, weight, bias, eps=1e-5):
     Source: Ba et al. 2016.
     """
     arguments.sample(x, "x")
+    if x.shape[-1] > _layer_norm.MAX_ROW:
+        raise ValueError(f"x: at most {_layer_norm.MAX_ROW} elements on the last axis are supported, got {tuple(x.shape)}")
     weight, bias = (arguments.frozen(v, name, x.shape[-1], x) for v, name in ((weight, "weight"), (bias, "bias")))
     return _layer_norm.layer_norm(arguments.savable(x), weight, bias, arguments.number(eps, "eps", 0))
 

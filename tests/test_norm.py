@@ -187,6 +187,7 @@ X, W = torch.zeros(2, 4, 8), torch.ones(8)
     "call, message",
     (
         (lambda: ops.layer_norm([1.0], W, W), "x: a tensor"),
+        (lambda: ops.layer_norm(torch.zeros(1, 8193), W, W), "x: at most 8192 elements on the last axis"),
         (lambda: ops.layer_norm(X, W[:4], W), r"weight: a contiguous tensor \[8\] expected, got \(4,\)"),
         (lambda: ops.layer_norm(X, W, None), "bias: a tensor"),
         (lambda: ops.layer_norm(X, W, W.to("meta")), "bias: on meta"),
