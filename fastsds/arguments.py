@@ -42,7 +42,7 @@ def matching(v, x, name):
 
 def number(value, name, low=-math.inf, above=False):
     """A finite real number, at least `low` (or above it), as a float."""
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not ok or value < low or (above and value == low):
         bound = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
         raise ValueError(f"{name}: a finite number{bound} expected, got {value!r}")
@@ -159,7 +159,9 @@ def weights(weighting, alpha, sigma, x, lead, prediction_type="epsilon"):
 def min_snr(alpha, sigma, gamma, prediction_type):
     """min(SNR, gamma) on the squared error of x0, in the space of a prediction (Hang et al. 2023)."""
     snr = (alpha / sigma) ** 2
-    per_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1.0, "flow": (alpha + sigma) ** 2 / sigma**2}
+    if prediction_type == "epsilon":  # the quotient, which is 1 where SNR is 0
+        return (gamma / snr).clamp(max=1.0)
+    per_x0 = {"sample": 1.0, "v_prediction": snr + 1.0, "flow": (alpha + sigma) ** 2 / sigma**2}
     return snr.clamp(max=gamma) / per_x0[prediction_type]
 
 

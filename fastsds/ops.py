@@ -163,7 +163,7 @@ def denoising_loss(
         if prediction_type != "sample" or not from_x0:
             raise ValueError(f"noise: required for prediction_type {prediction_type!r}")
         noise = x0.detach()  # its factor is zero
-    if isinstance(weighting, str) and weighting.startswith("x0_error"):
+    if isinstance(weighting, str) and weighting in ("x0_error", "x0_error_batch"):
         raise ValueError(f"weighting: {weighting!r} normalises an injected gradient (sds_loss, dmd_loss), not a true loss")
     eps, seed, draws, ids = arguments.split(noise, pred, "noise")
     dtype = reference.compute_dtype(pred, y, eps)
@@ -221,7 +221,7 @@ def sds_loss(
             raise ValueError(f"pred: both halves expected with guidance_scale, [2B, ...] or a pair, got {tuple(pred.shape)}")
         pred, other, guidance = arguments.guidance(pred, guidance_scale, order, form)
     arguments.matching(pred, x0, "pred")
-    normalised = isinstance(weighting, str) and weighting.startswith("x0_error")
+    normalised = isinstance(weighting, str) and weighting in ("x0_error", "x0_error_batch")
     y = None
     if kind != "epsilon" or ref_kind != "epsilon" or normalised:
         if x_t is None:

@@ -490,6 +490,30 @@ def test_weights_by_rank_and_by_function():
         torch.testing.assert_close(grad, expected.view(4, 1, 1, 1) * (pred - eps), rtol=1e-5, atol=1e-6)
 
 
+def test_min_snr_without_signal():
+    assert ops.min_snr(5)(torch.zeros(1), torch.ones(1)) == 1
+
+
+def test_samples_of_one_number():
+    """[B] is the same as [B, 1], weights and dropped samples included."""
+    x, pred, x_t, eps, t = sample((3, 1))
+    for how in (dict(weighting="x0_error"), dict(nonfinite="drop_sample")):
+        flat = ops.sds_loss(*(v[:, 0] for v in (x, pred, eps)), t, ABAR, x_t=x_t[:, 0], return_grad=True, **how)[1]
+        assert torch.equal(flat[:, None], ops.sds_loss(x, pred, eps, t, ABAR, x_t=x_t, return_grad=True, **how)[1])
+
+
+def test_one_compiled_graph_for_many_scales():
+    torch._dynamo.reset()
+    x, pred, other, eps, t = sample((2, 3, 4, 4))
+
+    def loss(scale, clip):
+        return ops.sds_loss(x, (pred, other), eps, t, ABAR, guidance_scale=scale, clip=clip)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for scale, clip in ((7.5, 0.5), (3.0, 0.7), (100.0, 0.2)):
+        torch.testing.assert_close(compiled(scale, clip), loss(scale, clip))
+
+
 X = torch.zeros(2, 4, 8, 8)
 
 
@@ -503,6 +527,7 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="noise"), "prediction_type: one of 'epsilon'"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="sample"), "x_t: required"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting="one"), "weighting: one of"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, x_t=X, weighting="x0_error_sample"), "weighting: one of"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=torch.ones(3)), r"weighting: shape \(3,\)"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=torch.ones(2).long()), "weighting: a float tensor"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=lambda a, s: 1.0), "weighting: must return"),
