@@ -53,6 +53,7 @@ class TeacherConfig:
 class DataConfig:
     source: str = "world"               # "world" or a tab-separated file with the columns filepath, title
     images: str | None = None           # the folder that `filepath` is relative to; null: the folder of the file
+    samples: int | None = None          # the first N samples; null: all
     batch: int = 32                     # contrastive batch over all ranks
     accumulation: int = 2               # contrastive batches an optimizer step
     workers: int = 0
@@ -113,7 +114,7 @@ class Recipe:
 # key: (test, what is expected). A value of null or "auto" has no range.
 _RANGES = {}
 for _keys, _test, _text in (
-    ("data.batch data.accumulation head.samples loss.sds_every log_every eval.items",
+    ("data.batch data.accumulation data.samples head.samples loss.sds_every log_every eval.items",
      lambda v: v >= 1, "at least 1"),
     ("steps head.warmup_steps head.ridge data.workers loss.lambda optimizer.weight_decay optimizer.warmup optimizer.clip "
      "checkpoint_every eval.every", lambda v: v >= 0, "at least 0"),

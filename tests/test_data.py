@@ -220,3 +220,17 @@ def test_a_damaged_image_names_the_file(photographs):
         source.files[0].write_bytes(damaged)
         with pytest.raises(ConfigError, match=source.files[0].name):
             source.load(torch.tensor([0]))
+
+
+def test_the_first_samples_are_one_data_set_for_every_seed(photographs):
+    two, whole = (open_source(DataConfig(source=str(photographs), samples=n), 32) for n in (2, None))
+    assert two.captions == whole.captions[:2] and len(two) == 2
+    with pytest.raises(ConfigError, match="data.samples is 99, but .* has"):
+        open_source(DataConfig(source=str(photographs), samples=99), 32)
+    scenes = [open_source(DataConfig(samples=64), 32, seed) for seed in (0, 1)]
+    assert [len(s) for s in scenes] == [64, 64] and order_of(scenes[0]) == "shuffled"
+    endless = open_source(DataConfig(), 32, 0)
+    assert order_of(endless) == "sequential"
+    loaded = [s.load(torch.arange(64)) for s in (*scenes, endless)]
+    for other in loaded[1:]:
+        assert torch.equal(loaded[0].pixels, other.pixels) and loaded[0].captions == other.captions

@@ -15,18 +15,19 @@ COLUMNS = ("filepath", "title")
 def open_source(data, image_size: int, seed: int = 0):
     """The source that a recipe's `data` section names.
 
-    Args: data: with fields source ("world" or a .tsv file), images (folder or None) and workers.
+    Args: data: with fields source ("world" or a .tsv file), images (folder or None), samples (the first N, or None: all)
+        and workers. The first N scenes of the world are one data set, the same for every seed.
     Returns: an object with len() and load(ids, visits, size) -> Samples.
     Raises: ConfigError that names the file, row and column.
     """
     if data.source == "world":
         from fastsds.world.scenes import WorldSource
 
-        return WorldSource("train", seed)
+        return WorldSource("train", seed) if data.samples is None else WorldSource("train", 0, data.samples)
     path = Path(data.source)
     if path.suffix != ".tsv":
         raise ConfigError(f"data.source: {data.source!r}, expected world or a .tsv file")
-    return TSVSource(path, image_size, images=data.images, workers=data.workers)
+    return TSVSource(path, image_size, images=data.images, workers=data.workers, samples=data.samples)
 
 
 class TSVSource:
@@ -34,17 +35,22 @@ class TSVSource:
 
     Paths are relative to `images`, or to the file's own folder. Every listed image must exist when the source is
     opened. An image is decoded to RGB, its shorter side resized to `size` (bicubic), and cut to the centre square,
-    as open_clip's evaluation transform does. workers: threads that decode; 0 decodes in the caller's.
+    as open_clip's evaluation transform does. workers: threads that decode; 0 decodes in the caller's. samples: of the
+    file, the first so many rows.
     """
 
     sequential = False
 
-    def __init__(self, path: str | Path, size: int, images: str | Path | None = None, workers: int = 0):
+    def __init__(
+        self, path: str | Path, size: int, images: str | Path | None = None, workers: int = 0, samples: int | None = None
+    ):
         self.path, self.size = Path(path), size
         self.folder = Path(images) if images is not None else self.path.parent
         if images is not None and not self.folder.is_dir():
             raise ConfigError(f"data.images: folder {self.folder} does not exist")
-        self.files, self.captions = self._read()
+        self.files, self.captions = (rows[:samples] for rows in self._read())
+        if samples is not None and samples > len(self.files):
+            raise ConfigError(f"data.samples is {samples}, but {self.path} has {len(self.files)} rows")
         self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
 
     def __len__(self) -> int:

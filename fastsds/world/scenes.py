@@ -152,17 +152,18 @@ def _resize(pixels: torch.Tensor, size: int | None) -> torch.Tensor:
 
 
 class WorldSource:
-    """An endless, seekable stream of captioned scenes of one split.
+    """Captioned scenes of one split: an endless, seekable stream, or the first `length` of it as a data set.
 
     Sample i's content is drawn so that contents are distinct within aligned runs of 32 samples, as no real
-    batch holds one image twice; otherwise all choices are independent. `sequential`: the order is random by
-    construction, so a sampler need not shuffle.
+    batch holds one image twice; otherwise all choices are independent. `sequential`: the endless order is random by
+    construction, so a sampler need not shuffle; a data set that is seen again and again is shuffled.
     """
 
-    sequential = True
+    ENDLESS = 1 << 20
 
-    def __init__(self, split: str = "train", seed: int = 0, length: int = 1 << 20):
+    def __init__(self, split: str = "train", seed: int = 0, length: int = ENDLESS):
         self.split, self.seed, self.length = split, seed, length
+        self.sequential = length >= self.ENDLESS
         self.contents = contents(split)
 
     def __len__(self) -> int:
