@@ -13,6 +13,7 @@ from fastsds.evaluation import world_suite
 from fastsds.evaluation.diffusion_score import diffusion_scores
 from fastsds.evaluation.retrieval import evaluate_retrieval, recall_at_1
 from fastsds.evaluation.winoground import CHANCE, evaluate_swaps, swap_accuracy, winoground
+from fastsds.teacher import Teacher
 
 
 def by_hand(s):
@@ -123,7 +124,7 @@ class Oracle:
 
     latent_shape, device, prediction_type = (2, 4, 4), torch.device("cpu"), "epsilon"
     alphas_cumprod = torch.linspace(0.999, 0.01, 100)
-    asked = 0
+    asked, score = 0, Teacher.score
 
     def encode(self, pixels):
         return pixels[:, 0, 0, 0].float().view(-1, 1, 1, 1).expand(-1, *self.latent_shape).clone()
@@ -168,8 +169,6 @@ def test_diffusion_score_of_given_latents():
 
 @pytest.fixture(scope="module")
 def tiny_teacher(tmp_path_factory):
-    from fastsds.teacher import Teacher
-
     return Teacher.load(tiny.save_teacher(tmp_path_factory.mktemp("teacher")))
 
 

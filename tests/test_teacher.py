@@ -65,7 +65,7 @@ def test_the_cache_is_used_and_bounded(folder, monkeypatch):
     first = teacher.embed(["a", "b", "a"])
     assert torch.equal(teacher.embed(["b", "a"]), first[:2].flip(0)) and len(calls) == 1
     size = first[0].numel() * first[0].element_size()
-    monkeypatch.setattr("fastsds.teacher.loading.CACHE_BYTES", 3 * size)
+    monkeypatch.setattr("fastsds.teacher.model.CACHE_BYTES", 3 * size)
     many = tiny.captions(9, seed=4)
     assert torch.equal(teacher.embed(many), Teacher.load(folder, parts=("text",)).embed(many))
     assert len(teacher._captions) == 3
@@ -190,3 +190,26 @@ def test_wrong_shapes(teacher):
         teacher.encode(tiny.pixels(1, size=8))
     with pytest.raises(ValueError, match=r"expected \[B, 4, 4, 4\]"):
         teacher.predict(torch.zeros(1, 4, 8, 8), torch.tensor([1]), teacher.embed(["a"]))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_targets_and_scores_are_the_prediction_converted(tmp_path, kind):
+    from fastsds import ops
+
+    teacher = Teacher.load(tiny.save_teacher(tmp_path, kind))
+    generator = torch.Generator().manual_seed(0)
+    z0, eps = (torch.randn(3, *tiny.LATENT, generator=generator) for _ in range(2))
+    t, text = torch.tensor([5, 400, 990]), teacher.embed(tiny.captions(3))
+    abar = teacher.alphas_cumprod[t].double().view(-1, 1, 1, 1)
+    a, s = abar.sqrt(), (1 - abar).sqrt()
+    z_t = a * z0.double() + s * eps.double()
+    with torch.no_grad():
+        pred = teacher.predict(z_t.float(), t, text).double()
+    x0 = {"epsilon": (z_t - s * pred) / a, "v_prediction": a * z_t - s * pred, "sample": pred}[kind]
+    torch.testing.assert_close(teacher.targets(z0, t, eps, text).double(), x0, rtol=1e-4, atol=1e-4)
+    error = ((z_t - a * x0) / s - eps.double()).square().flatten(1).mean(1)
+    torch.testing.assert_close(teacher.score(z0, t, eps, text).double(), -error, rtol=1e-3, atol=1e-4)
+    stream = ops.Noise(3, 0, torch.arange(3))
+    assert torch.equal(
+        teacher.targets(z0, t, stream, text), teacher.targets(z0, t, stream.normal(tiny.LATENT), text)
+    )

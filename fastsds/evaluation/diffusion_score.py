@@ -56,14 +56,14 @@ def diffusion_scores(
             z = latents[rows].to(teacher.device, torch.float32)
         text = teacher.embed([c for pair in items.captions[rows] for c in pair]).unflatten(0, (-1, 2))
         for k in range(draws):
-            error = _errors(teacher, z, text, ids[rows].to(teacher.device), k, draws, (first, last), seed)
-            scores[rows] -= error.double().cpu().numpy() / draws
+            found = _scores(teacher, z, text, ids[rows].to(teacher.device), k, draws, (first, last), seed)
+            scores[rows] += found.double().cpu().numpy() / draws
     return scores
 
 
-def _errors(teacher, z, text, ids, k: int, draws: int, span: tuple[int, int], seed: int) -> torch.Tensor:
-    """The squared errors of draw k. Shapes: z [b, 2, C, h, w], text [b, 2, L, D] -> [b, 2 captions, 2 images]."""
-    b, (first, last), schedule = len(z), span, teacher.alphas_cumprod
+def _scores(teacher, z, text, ids, k: int, draws: int, span: tuple[int, int], seed: int) -> torch.Tensor:
+    """The scores of draw k. Shapes: z [b, 2, C, h, w], text [b, 2, L, D] -> [b, 2 captions, 2 images]."""
+    b, (first, last) = len(z), span
     u = ops.Noise(seed, ops.draw(ops.Purpose.TIMESTEP, k), ids).uniform(1)[:, 0].double()  # in (0, 1]
     t = (first + (k + 1 - u) / draws * (last - first)).long().clamp(first, last - 1)
     eps = ops.Noise(seed, ops.draw(ops.Purpose.NOISE, k), ids).normal(teacher.latent_shape)
@@ -73,7 +73,5 @@ def _errors(teacher, z, text, ids, k: int, draws: int, span: tuple[int, int], se
         return x.expand(b, 2, 2, *x.shape[3:]).flatten(0, 2)
 
     t_all, eps_all = pairs(t, "item"), pairs(eps, "item")
-    z_t = ops.add_noise(pairs(z, "image").contiguous(), t_all, schedule, eps_all.contiguous())[0]
-    pred = teacher.predict(z_t, t_all, pairs(text, "caption"))
-    eps_hat = ops.convert(pred, z_t, t_all, schedule, source=teacher.prediction_type, target="epsilon")
-    return (eps_hat.float() - eps_all).square().flatten(1).mean(1).unflatten(0, (b, 2, 2))
+    found = teacher.score(pairs(z, "image").contiguous(), t_all, eps_all.contiguous(), pairs(text, "caption"))
+    return found.unflatten(0, (b, 2, 2))

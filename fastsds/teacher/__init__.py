@@ -1,5 +1,5 @@
 """The frozen diffusion model."""
 
-from fastsds.teacher.loading import Teacher
+from fastsds.teacher.model import Teacher
 
 __all__ = ["Teacher"]

@@ -1,0 +1,145 @@
+"""The frozen teacher: what training and evaluation ask it.
+
+The teacher is outside everything that trains, shards or saves: it is no nn.Module, so it can be nobody's submodule,
+and no parameter of it has a gradient.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from fastsds import ops
+from fastsds.teacher.loading import PARTS, load_parts
+
+TEXT_CHUNK = 16  # captions are embedded in runs of one fixed shape: a caption's bits depend on no other caption
+CACHE_BYTES = 256 << 20
+
+
+class Teacher:
+    """A frozen latent diffusion model. Latents are scaled: (VAE mean - shift_factor) * scaling_factor.
+
+    alphas_cumprod: [T] fp32; prediction_type: "epsilon", "v_prediction" or "sample"; latent_shape: (C, h, w);
+    image_size: pixels a side.
+    """
+
+    def __init__(self, *, unet=None, vae=None, text_encoder=None, tokenizer=None, scheduler, latent_shape, image_size):
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.scheduler = scheduler
+        self.prediction_type = scheduler.config.prediction_type
+        self.latent_shape, self.image_size = tuple(latent_shape), int(image_size)
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+        first = next(iter(self.modules()))
+        self.device, self.dtype = next(first.parameters()).device, next(first.parameters()).dtype
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
+        self._captions: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        parts: tuple[str, ...] = PARTS,
+    ) -> "Teacher":
+        """Load the named parts of a teacher: see `loading.load_parts`."""
+        return cls(**load_parts(path, device, dtype, parts))
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The neural parts that are loaded."""
+        return [m for m in (self.unet, self.vae, self.text_encoder) if m is not None]
+
+    def parameters(self):
+        for module in self.modules():
+            yield from module.parameters()
+
+    @torch.no_grad()
+    def embed(self, captions: list[str]) -> torch.Tensor:
+        """The text encoder's last hidden state, cached per caption. Shapes: [N] strings -> [N, L, D].
+
+        Numerics: a caption's embedding does not depend on the captions it is embedded with.
+        """
+        self._need("text_encoder")
+        missing = [c for c in dict.fromkeys(captions) if c not in self._captions]
+        fresh = {}
+        for start in range(0, len(missing), TEXT_CHUNK):
+            chunk = missing[start : start + TEXT_CHUNK]
+            padded = chunk + [""] * (TEXT_CHUNK - len(chunk))
+            ids = self.tokenizer(
+                padded,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            hidden = self.text_encoder(ids.to(self.device))[0]
+            fresh.update(zip(chunk, hidden.clone().unbind(0), strict=False))
+        rows = [fresh[c] if c in fresh else self._captions[c] for c in captions]
+        self._remember(captions, rows)
+        return torch.stack(rows)
+
+    def predict(self, z_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The UNet's prediction (of `prediction_type`), in z_t's dtype; a gradient flows to z_t if it asks for one.
+
+        Shapes: z_t [B, C, h, w], t int64 [B], text [B, L, D] -> [B, C, h, w].
+        """
+        self._need("unet")
+        if tuple(z_t.shape[1:]) != self.latent_shape:
+            raise ValueError(f"latents {tuple(z_t.shape)}, expected [B, {', '.join(map(str, self.latent_shape))}]")
+        hidden = text.to(self.dtype)
+        return self.unet(z_t.to(self.dtype), t, encoder_hidden_states=hidden).sample.to(z_t.dtype)
+
+    @torch.no_grad()
+    def targets(self, z0: torch.Tensor, t: torch.Tensor, noise, text: torch.Tensor) -> torch.Tensor:
+        """What the caption makes the teacher see in a noised latent: x0hat(z_t, t, c).
+
+        Shapes: z0 [B, C, h, w], t int64 [B], noise a tensor or an `ops.Noise`, text [B, L, D] -> [B, C, h, w] in z0's dtype.
+        """
+        z_t, _ = ops.add_noise(z0, t, self.alphas_cumprod, noise)
+        pred = self.predict(z_t, t, text)
+        return ops.convert(pred, z_t, t, self.alphas_cumprod, source=self.prediction_type, target="sample")
+
+    @torch.no_grad()
+    def score(self, z0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """How well the caption explains a latent at one noise: - mean over elements of (eps_hat - eps)^2. fp32 [B].
+
+        Shapes: as in `targets`; noise a tensor. Source: Li et al. 2023 (arXiv 2303.16203), one term of its sum.
+        """
+        z_t, _ = ops.add_noise(z0, t, self.alphas_cumprod, noise)
+        pred = self.predict(z_t, t, text)
+        eps_hat = ops.convert(pred, z_t, t, self.alphas_cumprod, source=self.prediction_type, target="epsilon")
+        return -(eps_hat.float() - noise).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scaled latents: the mean of the VAE's posterior. Shapes: uint8 [B, 3, S, S] -> fp32 [B, C, h, w]."""
+        self._need("vae")
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {size}, {size}]")
+        images = pixels.to(self.device).float() / 127.5 - 1
+        mean = self.vae.encode(images.to(self.dtype)).latent_dist.mean.float()
+        config = self.vae.config
+        return (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of encode. Shapes: [B, C, h, w] -> uint8 [B, 3, S, S]."""
+        self._need("vae")
+        config = self.vae.config
+        unscaled = latents.to(self.device).float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        images = self.vae.decode(unscaled.to(self.dtype)).sample.float()
+        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def _need(self, name: str) -> None:
+        if getattr(self, name) is None:
+            raise ValueError(f"this teacher was loaded without its {name}")
+
+    def _remember(self, captions: list[str], rows: list[torch.Tensor]) -> None:
+        for caption, row in zip(captions, rows, strict=True):
+            self._captions[caption] = row
+            self._captions.move_to_end(caption)
+        size = rows[0].numel() * rows[0].element_size() if rows else 1
+        while len(self._captions) * size > CACHE_BYTES:
+            self._captions.popitem(last=False)
