@@ -28,7 +28,10 @@ from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
 FORMAT = 1
 KEEP = 2
 EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
-FREE = ("output", "log_every", "checkpoint_every", "data.workers", "eval.suite", "eval.every", "eval.items")
+FREE = (
+    "output", "log_every", "checkpoint_every", "data.workers", "bank.path", "teacher.micro_batch",
+    "eval.suite", "eval.every", "eval.items",
+)  # fmt: skip
 _NAME = re.compile(r"step_(\d{8,})$")
 
 

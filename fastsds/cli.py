@@ -6,6 +6,7 @@ import fastsds
 from fastsds.config import ConfigError
 
 COMMANDS = {
+    "bank": ("fastsds.teacher.bank", "build: ask the teacher once about a data set, for training from its targets alone"),
     "demo": ("fastsds.demo", "train the embedded world with and without the teacher, and compare the two"),
     "train": ("fastsds.train", "train a recipe; with several ranks use `deepspeed fastsds/train.py`"),
 }

@@ -47,6 +47,15 @@ class HeadConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     path: str = "world"                 # "world" or a diffusers folder
+    micro_batch: int = 0                # images the UNet sees at a time; 0: a rank's whole batch
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    path: str | None = None             # a folder of the teacher's targets; null: none
+    draws: int = 8                      # K, targets a sample
+    refresh_every: int = 0              # epochs; 0: the same targets for the whole run
+    seed: int = 0                       # of the bank's timesteps and noise
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class DataConfig:
 class LossConfig:
     lambda_: float | Literal["auto"] = 30.0     # key `lambda`
     rho: float = 1.0
-    gradient: Literal["sds", "full", "latents"] = "sds"
+    gradient: Literal["sds", "amortised", "full", "latents"] = "sds"
     reference: Literal["noise"] = "noise"
     noised: bool = True
     weighting: Literal["uniform", "sigma2", "alpha_sigma2", "inverse_snr_root"] = "inverse_snr_root"
@@ -103,6 +112,7 @@ class Recipe:
     student: StudentConfig = field(default_factory=StudentConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -114,12 +124,12 @@ class Recipe:
 # key: (test, what is expected). A value of null or "auto" has no range.
 _RANGES = {}
 for _keys, _test, _text in (
-    ("data.batch data.accumulation data.samples head.samples loss.sds_every log_every eval.items",
+    ("data.batch data.accumulation data.samples head.samples bank.draws loss.sds_every log_every eval.items",
      lambda v: v >= 1, "at least 1"),
-    ("steps head.warmup_steps head.ridge data.workers loss.lambda optimizer.weight_decay optimizer.warmup optimizer.clip "
-     "checkpoint_every eval.every", lambda v: v >= 0, "at least 0"),
+    ("steps head.warmup_steps head.ridge teacher.micro_batch bank.refresh_every data.workers loss.lambda "
+     "optimizer.weight_decay optimizer.warmup optimizer.clip checkpoint_every eval.every", lambda v: v >= 0, "at least 0"),
     ("loss.rho optimizer.lr optimizer.head_lr optimizer.eps", lambda v: v > 0, "greater than 0"),
-    ("seed", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
+    ("seed bank.seed", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
@@ -127,7 +137,7 @@ for _keys, _test, _text in (
 ):
     _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
 
-_ALWAYS_PATHS = ("teacher.path", "data.source", "data.images")        # unless "world"
+_ALWAYS_PATHS = ("teacher.path", "bank.path", "data.source", "data.images")        # unless "world"
 _SOMETIMES_PATHS = ("student.model", "student.pretrained")            # a name, or a folder or file
 
 
@@ -324,6 +334,20 @@ def _check_values(recipe: Recipe, origin) -> None:
         both = "both" if recipe.loss.t else "neither"
         raise ConfigError(f"{origin('loss.log_snr')}: {both} of loss.t and loss.log_snr are given; expected exactly one "
                           "(write null for the other)")
+    if recipe.loss.gradient == "amortised":
+        for key, wrong, why in (
+            ("bank.path", recipe.bank.path is None, "the folder of the bank that `fastsds bank build` makes"),
+            ("loss.noised", not recipe.loss.noised, "true: a target is what the teacher sees in a noised latent"),
+        ):
+            if wrong:
+                raise ConfigError(f"{origin(key)}: {key} is {_show(_get(recipe, key))}; expected with loss.gradient amortised: "
+                                  f"{why}")
+    if recipe.bank.path and recipe.loss.captions != "own":
+        raise ConfigError(f"{origin('loss.captions')}: loss.captions is 'shuffled'; expected own with bank.path, which holds "
+                          "the samples' own captions")
+    if 0 < recipe.bank.refresh_every < recipe.bank.draws:
+        raise ConfigError(f"{origin('bank.draws')}: bank.draws is {recipe.bank.draws}, but bank.refresh_every replaces the "
+                          f"targets after {recipe.bank.refresh_every} epochs, one draw each; expected at most as many draws")
     if recipe.loss.shift and recipe.loss.log_snr is None:
         raise ConfigError(f"{origin('loss.shift')}: loss.shift moves loss.log_snr only; expected 0.0 with loss.t")
 
@@ -351,6 +375,9 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
     if batch % world_size:
         raise ConfigError(f"data.batch is {batch}, the contrastive batch over all ranks; expected a multiple of "
                           f"{world_size}, the number of ranks")
+    if recipe.teacher.micro_batch and (batch // world_size) % recipe.teacher.micro_batch:
+        raise ConfigError(f"teacher.micro_batch is {recipe.teacher.micro_batch}; expected a divisor of {batch // world_size}, "
+                          "a rank's part of data.batch, so that the UNet sees one shape")
     for key, value in (("data.source", recipe.data.source), ("data.images", recipe.data.images),
                        ("teacher.path", recipe.teacher.path)):
         if value and value != "world" and Path(value).is_absolute() and not Path(value).exists():

@@ -22,13 +22,19 @@ from fastsds.jobs import Job
 @dataclass(frozen=True)
 class Arm:
     """One way to train. sets: over the recipe; student: flags of a pretraining of its own; same_time_as: train for as long
-    as that arm did, by the measured ratio of that seed's runs."""
+    as that arm did, by the measured ratio of that seed's runs; bank: the name of the bank of targets that it trains from,
+    one for all seeds."""
 
     name: str
     label: str
     sets: tuple[str, ...] = ()
     student: tuple[str, ...] = ()
     same_time_as: str | None = None
+    bank: str | None = None
+
+    def over(self, output: Path) -> tuple[str, ...]:
+        """Its sets, its bank's folder included."""
+        return self.sets if self.bank is None else (*self.sets, f"bank.path={output / 'banks' / self.bank / 'bank'}")
 
 
 OFF = "loss.lambda=0"
@@ -46,6 +52,22 @@ CONTROLS = (
     Arm("layernorm", "L_CLIP + L_SDS, LayerNorm only", ("student.tune=layernorm",)),
     Arm("layernorm_clip", "L_CLIP, LayerNorm only", (OFF, "student.tune=layernorm")),
 )  # fmt: skip
+
+
+
+def amortised(name: str, label: str, bank: str, draws: int, t: str, *more: str) -> Arm:
+    sets = ("loss.gradient=amortised", f"bank.draws={draws}", f"loss.t={t}", *more)
+    return Arm(name, label, sets, bank=bank)
+
+
+BANKED = (
+    amortised("amortised_1", "amortised, K = 1", "k1", 1, "[0.5, 0.9]"),
+    amortised("amortised_2", "amortised, K = 2", "k2", 2, "[0.5, 0.9]"),
+    amortised("amortised_8", "amortised, K = 8", "k8", 8, "[0.5, 0.9]"),
+    amortised("amortised_8_70", "amortised, K = 8, t in [0.7, 1] T", "k8_70", 8, "[0.7, 1.0]"),
+    amortised("amortised_8_90", "amortised, K = 8, t in [0.9, 1] T", "k8_90", 8, "[0.9, 1.0]"),
+    amortised("refreshed", "refreshed each epoch, K = 1, t in [0.9, 1] T", "k1_90", 1, "[0.9, 1.0]", "bank.refresh_every=1"),
+)
 
 ITEMS = 300  # test items a kind
 DURING = ("eval.suite=world_dev", "eval.items=100")  # what the trainer looks at while it runs
@@ -71,9 +93,10 @@ class Settings:
 
 def parse(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(prog="fastsds demo", description=__doc__.split("\n")[0], allow_abbrev=False)
-    names = ", ".join(arm.name for arm in CONTROLS)
+    known = {arm.name: arm for arm in (*CONTROLS, *BANKED)}
+    groups, names = {"all": CONTROLS, "bank": BANKED}, ", ".join(known)
     parser.add_argument("--seeds", type=int, metavar="N", help="N pretrained students, data orders and noises")
-    parser.add_argument("--controls", nargs="?", const="all", metavar="NAMES", help=f"all, or some of {names}")
+    parser.add_argument("--controls", nargs="?", const="all", metavar="NAMES", help=f"all, bank, or some of {names}")
     parser.add_argument("--control-seeds", type=int, metavar="K", help="seeds of the controls (default: as --seeds)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/demo; with --seeds runs/seeds")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value, all arms")
@@ -83,14 +106,16 @@ def parse(argv: list[str]) -> Settings:
     for option, value in (("--seeds", seeds), ("--control-seeds", asked.control_seeds), ("--items", asked.items)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} is {value}; expected at least 1")
-    known, wanted = {arm.name: arm for arm in CONTROLS}, [n for n in (asked.controls or "").split(",") if n]
-    for name in wanted if wanted != ["all"] else ():
-        if name not in known:
+    wanted = [n for n in (asked.controls or "").split(",") if n]
+    for name in wanted:
+        if name not in known and name not in groups:
             raise ConfigError(f"--controls: {name!r} is not one of {names}")
-    controls = CONTROLS if wanted == ["all"] else tuple(known[name] for name in wanted)
-    for arm in controls:  # a mistake in --set is found before anything runs
-        load_recipe(None, [*asked.set, *arm.sets])
+    controls = tuple(arm for name in wanted for arm in groups.get(name) or (known[name],))
     output = (asked.output or Path("runs", "demo" if seeds is None else "seeds")).resolve()
+    for arm in controls:  # a mistake in --set is found before anything runs
+        recipe = load_recipe(None, [*asked.set, *arm.over(output)])
+        if arm.bank and recipe.data.samples is None:
+            raise ConfigError(f"--controls {arm.name}: a bank needs a data set that ends; expected --set data.samples=N")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is not a folder")
     return Settings(
@@ -176,9 +201,9 @@ def compare_seeds(settings: Settings) -> list[Path]:
     return write(settings, tables, notes, {"seeds": settings.seeds, "arms": results, "differences": differences})
 
 
-def plan_seeds(settings: Settings) -> dict[tuple[str, int], Job]:
-    """All jobs by (name, seed), in the order they should start."""
-    plan: dict[tuple[str, int], Job] = {}
+def plan_seeds(settings: Settings) -> dict[tuple, Job]:
+    """All jobs by (name, seed), banks by ("bank", name), in the order they should start."""
+    plan: dict[tuple, Job] = {}
     for s in range(settings.seeds):
         folder = settings.output / f"seed_{s}"
         plan["pretraining", s] = first = pretraining(s, folder / "pretraining")
@@ -187,13 +212,16 @@ def plan_seeds(settings: Settings) -> dict[tuple[str, int], Job]:
             plan[arm.name, s] = training(settings, arm, folder / arm.name, s, student, [first])
         plan["pretrained", s] = untrained(settings, f"seed_{s} pretrained", student, folder / "pretrained", [first])
     for arm in settings.controls:
-        own = f"pretraining_{arm.name}"
+        own, bank = f"pretraining_{arm.name}", ("bank", arm.bank)
+        if arm.bank and bank not in plan:
+            plan[bank] = banking(settings, arm)
         for s in range(settings.control_seeds):
             folder, first = settings.output / f"seed_{s}", plan["pretraining", s]
             if arm.student:
                 plan[own, s] = first = pretraining(s, folder / own, arm.student)
             pair = (plan["clip", s], plan[arm.same_time_as, s]) if arm.same_time_as else ()
-            plan[arm.name, s] = training(settings, arm, folder / arm.name, s, first.folder / "student", [first, *pair], pair)
+            needs = [first, *pair, *([plan[bank]] if arm.bank else [])]
+            plan[arm.name, s] = training(settings, arm, folder / arm.name, s, first.folder / "student", needs, pair)
     return plan
 
 
@@ -207,6 +235,14 @@ def pretraining(seed: int, folder: Path, flags: tuple[str, ...] = ()) -> Job:
     return Job(f"{folder.parent.name} {folder.name}", folder, lambda: argv, key={"weights": comparison.weights()})
 
 
+def banking(settings: Settings, arm: Arm) -> Job:
+    """The bank of an arm."""
+    folder = settings.output / "banks" / arm.bank
+    argv = [sys.executable, "-m", "fastsds.cli", "bank", "build"]
+    argv += [x for value in (*settings.sets, *arm.over(settings.output)) for x in ("--set", value)]
+    return Job(f"bank {arm.bank}", folder, lambda: argv, key={"weights": comparison.weights()})
+
+
 def untrained(settings: Settings, name: str, student: Path | str, folder: Path, needs=(), of_images: bool = False) -> Job:
     def measure() -> dict:
         return comparison.assess(student, folder, settings.items, settings.recipe.teacher.path, of_images)
@@ -218,7 +254,8 @@ def training(
     settings: Settings, arm: Arm, folder: Path, seed: int, student: Path | None = None, needs=(), pair: tuple[Job, ...] = ()
 ) -> Job:
     """One run of the trainer, then its evaluation. pair: multiply steps by the seconds of pair[1] over pair[0]'s."""
-    over = [f"seed={seed}", *DURING, *(["eval.every=0"] if student else []), *settings.sets, *arm.sets]
+    over = [f"seed={seed}", *DURING, *(["eval.every=0"] if student else []), *settings.sets]
+    over += arm.over(settings.output)
     over += [f"student.model={student}"] if student else []
     recipe, run = load_recipe(None, over), folder / "run"
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.progress import Line, clock
 
 SLOTS = 2
-LINE_EVERY = 5.0  # seconds between progress lines where the output is no terminal
 GRACE = 20.0  # seconds a child has to stop by itself
 TAIL = 30  # lines of a failed child's log
 
@@ -68,7 +67,7 @@ class Job:
         rows = last_rows(self.folder / "run" / "metrics.jsonl", "train")
         if not rows:
             line = tail(self.log, 1)
-            return f"{self.name}: {line[:60].strip() if 'step' in line else 'starting'}"
+            return f"{self.name}: {line[:60].strip() if 'step' in line or 'left' in line else 'starting'}"
         row, first = rows[-1], rows[0] if len(rows) > 1 else {"step": 0, "seconds": 0.0}
         total = [int(a.removeprefix("steps=")) for a in self.argv if a.startswith("steps=")][-1:]
         left = [(n - row["step"]) * (row["seconds"] - first["seconds"]) / (row["step"] - first["step"]) for n in total]
@@ -188,35 +187,6 @@ def _progress(jobs: list[Job], running: list[Job], seconds: float) -> str:
     return " | ".join([f"[{clock(seconds)}] {done}/{len(jobs)} done", *(job.status() for job in running)])
 
 
-class Line:
-    """One line that is rewritten on a terminal, and repeated every few seconds elsewhere."""
-
-    def __init__(self, stream=None):
-        self.stream = stream or sys.stdout
-        self.tty, self.said, self.width = self.stream.isatty(), -LINE_EVERY, 0
-
-    def say(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self.said < (0.3 if self.tty else LINE_EVERY):
-            return
-        self.said = now
-        if not self.tty:
-            print(text, file=self.stream, flush=True)
-            return
-        text = text[: max(20, shutil.get_terminal_size().columns - 1)]
-        print("\r" + text.ljust(self.width), end="", file=self.stream, flush=True)
-        self.width = len(text)
-
-    def note(self, text: str) -> None:
-        self.end()
-        print(text, file=self.stream, flush=True)
-
-    def end(self) -> None:
-        if self.width:
-            print("\r" + " " * self.width + "\r", end="", file=self.stream, flush=True)
-            self.width = 0
-
-
 def last_rows(path: Path, split: str) -> list[dict]:
     """The complete rows of a split in the last 64 KiB of a metrics file."""
     try:
@@ -240,12 +210,6 @@ def tail(path: Path, lines: int) -> str:
     except OSError:
         return ""
     return "\n".join(text.replace("\r", "\n").rstrip().split("\n")[-lines:])
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def free_port() -> int:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastsds.config import Recipe, dump_recipe
-
-EVERY_SECONDS = 5.0  # between status lines where the output is no terminal
+from fastsds.progress import EVERY, clock
 
 
 class Metrics:
@@ -42,7 +41,7 @@ class Metrics:
         self.row(split="train", step=step, **values, images_per_s=round(rate, 2), seconds=round(now - self.began, 3))
         left = (self.steps - step) * images_a_step / max(rate, 1e-9)
         parts = "  ".join(f"{k} {values[k]:.4g}" for k in ("loss", "clip", "sds", "lambda", "rho", "cosine") if k in values)
-        self.say(f"step {step}/{self.steps}  {parts}  {rate:.0f} images/s  left {_clock(left)}", step == self.steps)
+        self.say(f"step {step}/{self.steps}  {parts}  {rate:.0f} images/s  left {clock(left)}", step == self.steps)
 
     def evaluation(self, step: int, suite: str, values: dict[str, float], items: list[dict]) -> None:
         """One evaluation row, and items_STEP.jsonl beside it."""
@@ -67,7 +66,7 @@ class Metrics:
             text = text[: max(20, shutil.get_terminal_size((120, 24)).columns - 1)]
             print("\r" + text.ljust(self.width), end="\n" if last else "", file=sys.stderr, flush=True)
             self.width = 0 if last else len(text)
-        elif last or time.perf_counter() - self.said >= EVERY_SECONDS:
+        elif last or time.perf_counter() - self.said >= EVERY:
             self.said = time.perf_counter()
             print(text, file=sys.stderr, flush=True)
 
@@ -118,9 +117,3 @@ def _drop_after(path: Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     partial.replace(path)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

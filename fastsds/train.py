@@ -78,19 +78,25 @@ def run(args: argparse.Namespace) -> int:
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
     from fastsds.student import apply_tuning, load_student, save_student
 
-    parts = teacher_parts(loss, recipe.head.init)
-    teacher = None
+    parts = teacher_parts(loss, recipe.bank, recipe.head.init)
+    teacher = bank = None
     if parts:
         from fastsds.teacher import Teacher
 
         half = recipe.precision == "bf16" and place.type == "cuda"
         teacher = Teacher.load(recipe.teacher.path, place, torch.bfloat16 if half else torch.float32, parts)
-    shape = teacher.latent_shape if teacher else None
+    if recipe.bank.path and loss.lambda_ != 0:
+        from fastsds.teacher.bank import Bank
+
+        bank = Bank(recipe)
+    shape = (teacher or bank).latent_shape if teacher or bank else None
     student = load_student(recipe.student.model, recipe.student.pretrained, shape, place, recipe.seed)
-    trained = apply_tuning(student, recipe.student.tune, head=teacher is not None)
+    trained = apply_tuning(student, recipe.student.tune, head=shape is not None)
     source = open_source(data, student.image_size, recipe.seed)
     if data.batch > len(source):
         raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {len(source)} samples")
+    if bank:
+        bank.attach(source, teacher if recipe.bank.refresh_every else None, rank, world_size)
 
     def load(step: int, micro: int, rank: int = rank, world: int = world_size):
         return load_batch(
@@ -98,10 +104,11 @@ def run(args: argparse.Namespace) -> int:
             image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,
             negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
             teacher_size=teacher.image_size if "vae" in parts else None,
+            bank=bank and bank.read,
         )  # fmt: skip
 
     # Where the run starts: a checkpoint, or the head's initialisation.
-    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head)
+    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch)
     saved = checkpoint.load(resume, recipe, len(source)) if resume else None
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
@@ -112,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0:
             print(describe(recipe, student, trained, teacher, source, world_size, stage))
         return 0
-    if saved is None and teacher is not None:
+    if saved is None and shape is not None:
         head = recipe.head
         init_head(
             student, teacher, lambda k: load(k, 0, 0, 1), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
@@ -192,6 +199,8 @@ def run(args: argparse.Namespace) -> int:
     weights, _ = engine.state(moments=False)
     if rank == 0:
         save_student(weights, student, output / "student")
+        if bank:
+            bank.close()
         metrics.note(f"done: {output / 'student'} (open_clip local-dir:), {metrics.path}")
     engine.barrier()
     engine.close()

@@ -93,7 +93,8 @@ def test_unknown_key_names_the_nearest(key, nearest, recipe_file):
     ("optimizer.lr=.inf", "a number"), ("optimizer.lr=false", "a number"), ("loss.noised=1", "true or false"),
     ("loss.t=0.5", "a list of 2 numbers or null"), ("loss.t=[0.1, 0.2, 0.3]", "a list of 2 numbers or null"),
     ("loss.t=[a, b]", "a list of 2 numbers or null"), ("output=3", "text"), ("loss.lambda=soon", "a number or auto"),
-    ("loss.gradient=sd", "one of sds, full, latents"), ("precision=fp16", "one of fp32, bf16"), ("data=3", "a section"),
+    ("loss.gradient=sd", "one of sds, amortised, full, latents"),
+    ("precision=fp16", "one of fp32, bf16"), ("data=3", "a section"),
     ("student.model=[a]", "text"), ("optimizer.name=sgd", "one of adamw, adamw8bit"),
 ])
 def test_wrong_type_or_choice(override, expected):

@@ -252,6 +252,22 @@ def test_progress_names_steps_loss_and_time_left(tmp_path):
     assert job.status() == "arm: step 100/400, loss 2.500, left 1:00"
 
 
+def test_arms_from_a_bank_share_it_and_wait_for_it(tmp_path):
+    settings = demo.parse(["--seeds", "2", "--controls", "bank", "--set", "data.samples=64", "--output", str(tmp_path)])
+    plan = demo.plan_seeds(settings)
+    arms, banks = {arm.name: arm for arm in demo.BANKED}, {arm.bank for arm in demo.BANKED}
+    assert {key for key in plan if key[0] == "bank"} == {("bank", name) for name in banks}
+    for name, arm in arms.items():
+        for seed in (0, 1):
+            bank, sets = plan["bank", arm.bank], plan[name, seed].command()
+            assert bank in plan[name, seed].needs and list(plan).index(("bank", arm.bank)) < list(plan).index((name, seed))
+            path = f"bank.path={bank.folder / 'bank'}"
+            assert path in sets and path in bank.command() and "loss.gradient=amortised" in sets
+            config.load_recipe(None, [value for value in sets if "=" in value])
+    with pytest.raises(ConfigError, match="a bank needs a data set that ends"):
+        demo.parse(["--controls", "bank", "--output", str(tmp_path)])
+
+
 def test_progress_line_where_there_is_no_terminal(capsys, monkeypatch):
     line, now = jobs.Line(), [0.0]
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])

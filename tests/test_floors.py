@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "config", "testing"),
+    ("quiet", "progress", "config", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),

@@ -16,6 +16,7 @@ WAYS = {
     "full": ("loss.gradient=full", "loss.noised=false"),
     "layernorm": ("student.tune=layernorm",),
     "clip": ("loss.lambda=0",),
+    "micro": ("loss.gradient=full", "teacher.micro_batch=4"),
     "bits": ("optimizer.name=adamw8bit",),
     "bf16": ("precision=bf16",),
     "ridge": ("head.init=ridge", "head.samples=64", "data.workers=1"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsds import ops
-from fastsds.config import ConfigError, LossConfig
+from fastsds.config import BankConfig, ConfigError, LossConfig
 from fastsds.data import Batch
 from fastsds.recipes.head import init_head
 from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
@@ -170,8 +170,52 @@ def test_sds_builds_no_graph_of_the_unet(teacher):
     assert seen == [False, True]
 
 
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_amortised_is_sds_with_the_teachers_answer_from_elsewhere(teachers, weighting):
+    """Given targets of z itself, its gradient is that of `sds`: the same mathematics, other places asked about."""
+    teacher, batch, z = teachers["epsilon"], make_batch(), latents()
+    recipe = SDSCLIP(setting(weighting=weighting), teacher, SEED)
+    expected = torch.autograd.grad(recipe.distillation(z, batch), z)[0]
+    t, noise = (ops.Noise(SEED, ops.draw(of, batch.visits), batch.ids) for of in (ops.Purpose.TIMESTEP, ops.Purpose.NOISE))
+    t = t.randint(*recipe.timesteps)
+    targets = teacher.targets(z.detach(), t, noise, teacher.embed(batch.captions))
+    banked = replace(batch, targets=targets, abar=teacher.alphas_cumprod[t])
+    found = SDSCLIP(setting(gradient="amortised", weighting=weighting)).distillation(z, banked)
+    torch.testing.assert_close(torch.autograd.grad(found, z)[0], expected, rtol=1e-5, atol=1e-9)  # abar is fp32
+    if weighting == "inverse_snr_root":
+        torch.testing.assert_close(found, (z - targets).square().mean(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="no targets from a bank"):
+        SDSCLIP(setting(gradient="amortised")).distillation(z, batch)
+    assert teacher_parts(setting(gradient="amortised"), BankConfig("b")) == ()
+    assert teacher_parts(setting(gradient="amortised"), BankConfig("b", refresh_every=8)) == ("unet",)
+    assert teacher_parts(setting(), BankConfig("b")) == ("unet",)
+
+
+@pytest.mark.parametrize("gradient", ["sds", "full", "latents", "amortised"])
+def test_micro_batches_give_the_gradient_of_the_whole(teachers, folders, gradient):
+    """The UNet's graphs are freed one by one, and the gradient is the whole batch's."""
+    student = load_student(folders["student"], latent_shape=tiny.LATENT).double()
+    batch = make_batch(6, student.tokenize)
+    generator = torch.Generator().manual_seed(1)
+    batch.targets, batch.abar = torch.randn(6, *tiny.LATENT, generator=generator).half(), torch.rand(6, generator=generator)
+    teacher, sizes = teachers["epsilon"], []
+    hook = teacher.unet.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    found = {}
+    for micro_batch in (0, 2, 3):
+        recipe = SDSCLIP(setting(gradient=gradient), teacher, SEED, head=student.head, micro_batch=micro_batch)
+        out = student(batch.pixels, batch.student_tokens)
+        parts = recipe(out, batch, 0, diagnose=True)
+        gradients = torch.autograd.grad(parts["loss"], [out.z, out.image_raw])
+        found[micro_batch] = [parts["loss"], parts["sds"], parts["rho"], *gradients]
+    hook.remove()
+    assert sizes == {"sds": [6, 2, 2, 2, 3, 3], "full": [6, 2, 2, 2, 3, 3]}.get(gradient, [])
+    for micro_batch in (2, 3):
+        for ours, whole in zip(found[micro_batch], found[0], strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-15)
+
+
 def test_latents_is_plain_regression_and_asks_no_unet(folders):
-    teacher = Teacher.load(folders["epsilon"], parts=teacher_parts(setting(gradient="latents")))
+    teacher = Teacher.load(folders["epsilon"], parts=teacher_parts(setting(gradient="latents"), BankConfig()))
     assert teacher.unet is None and teacher.text_encoder is None
     batch, z = make_batch(), latents(dtype=torch.float32)
     value = SDSCLIP(setting(gradient="latents"), teacher, SEED).distillation(z, batch)
@@ -255,7 +299,7 @@ def test_loss_is_clip_plus_lambda_sds(student, teacher):
 
 def test_lambda_zero_asks_no_teacher(folders):
     student = load_student(folders["student"])  # without a head
-    assert teacher_parts(setting(lambda_=0.0), "ridge") == ()
+    assert teacher_parts(setting(lambda_=0.0), BankConfig(), "ridge") == ()
     parts = run(student, SDSCLIP(setting(lambda_=0.0)), make_batch(4, student.tokenize), diagnose=True)
     assert torch.equal(parts["loss"], parts["clip"]) and "sds" not in parts
     assert parts["loss"].requires_grad

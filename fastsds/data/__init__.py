@@ -40,6 +40,8 @@ class Batch:
     Shapes: ids, visits int64 [b]; pixels uint8 [b, 3, S, S]; tokens, negative_tokens int64 [b, L].
     teacher_captions: what the teacher is told about each image (`captions`, or the control's shuffled ones).
     pixels_teacher: the same images at the teacher's size; None where both sizes are equal or nobody asks.
+    targets [b, C, h, w], abar [b]: what the teacher saw of each image, from a bank, and at which alpha-bar; or None.
+    text [b, L, D]: the teacher's embeddings of the captions, from a bank; or None.
     """
 
     ids: torch.Tensor
@@ -51,6 +53,9 @@ class Batch:
     negative_tokens: torch.Tensor | None = None
     pixels_teacher: torch.Tensor | None = None
     teacher_captions: list[str] = field(default_factory=list)
+    targets: torch.Tensor | None = None
+    abar: torch.Tensor | None = None
+    text: torch.Tensor | None = None
 
     def __post_init__(self):
         if not self.teacher_captions:
@@ -58,6 +63,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of the samples."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.teacher_captions is self.captions:
+            values["teacher_captions"] = []
+        return Batch(**{name: value if value is None else value[rows] for name, value in values.items()})
 
     @property
     def student_tokens(self) -> torch.Tensor:

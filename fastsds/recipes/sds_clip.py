@@ -11,6 +11,8 @@ noise prediction at (z_t, t, c). B images in the contrastive batch, CHW elements
               w = sqrt((1 - abar)/abar) (`inverse_snr_root`) this is the gradient of mean ||z - sg[x0hat(z_t, t, c)]||^2
               with no further constant, because z - x0hat = sqrt((1 - abar)/abar) (eps_hat - eps): regression to what
               the caption makes the teacher see. The two losses share that gradient, not the value.
+    amortised dL/dz = 2 v (z - x0hat) / (B CHW), v = w / sqrt((1 - abar)/abar): `sds`, but the teacher was asked about the
+              noised latent of the real image, so x0hat does not depend on the student and comes from a bank
     latents   a control without a teacher's UNet: mean ||z - (VAE latent of x)||^2, not weighted
     noised: false   the paper's printed form: the UNet is asked about z itself at t, and eps is compared all the same
 
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsds import ops
+from fastsds.arguments import weights
 from fastsds.config import ConfigError
 from fastsds.data import Batch
 from fastsds.schedule import timestep_range
@@ -31,11 +34,18 @@ TINY = 1e-30
 MEMORY = 0.99  # of the running squared gradient norms that `lambda: auto` divides
 
 
-def teacher_parts(loss, head_init: str = "default") -> tuple[str, ...]:
-    """The parts of the teacher that a recipe asks: none at lambda 0."""
+def teacher_parts(loss, bank, head_init: str = "default") -> tuple[str, ...]:
+    """The parts of the teacher that a recipe asks: none at lambda 0, or where a bank has its answers.
+
+    Args: bank: the recipe's `bank` section.
+    """
     if loss.lambda_ == 0:
         return ()
     parts = {"vae"} if loss.gradient == "latents" else {"unet", "text"}
+    if loss.gradient == "amortised":
+        parts = {"unet"} if bank.refresh_every else set()
+    elif bank.path is not None:
+        parts.discard("text")
     if head_init == "ridge":
         parts.add("vae")
     return tuple(sorted(parts))
@@ -49,24 +59,27 @@ def teacher_pixels(batch: Batch) -> torch.Tensor:
 class SDSCLIP:
     """The loss of one contrastive batch, of which this rank holds a part.
 
-    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0. seed: of timesteps and noise. head: the
-        student's, to carry L_SDS's gradient back to f; needed to diagnose and for `lambda: auto`.
+    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0 or the gradient amortised. seed: of timesteps and
+        noise. head: the student's, to carry L_SDS's gradient back to f; needed to diagnose and for `lambda: auto`.
+        micro_batch: images the UNet sees at a time, its graph freed before the next; 0: all. The gradient is the same.
     The gradient of a rank's loss, averaged over ranks, is the gradient of one rank with the whole batch.
     """
 
-    def __init__(self, loss, teacher=None, seed: int = 0, world_size: int = 1, rank: int = 0, head=None):
+    def __init__(
+        self, loss, teacher=None, seed: int = 0, world_size: int = 1, rank: int = 0, head=None, micro_batch: int = 0
+    ):
         from open_clip import ClipLoss
 
         if loss.reference != "noise":
             raise ConfigError(f"loss.reference: {loss.reference!r}, expected noise")
-        if loss.gradient not in ("sds", "full", "latents"):
-            raise ConfigError(f"loss.gradient: {loss.gradient!r}, expected sds, full or latents")
+        if loss.gradient not in ("sds", "amortised", "full", "latents"):
+            raise ConfigError(f"loss.gradient: {loss.gradient!r}, expected sds, amortised, full or latents")
         self.loss, self.teacher, self.seed, self.head = loss, teacher, seed, head
-        self.world_size, self.rank = world_size, rank
+        self.world_size, self.rank, self.micro_batch = world_size, rank, micro_batch
         self.auto, self.off = loss.lambda_ == "auto", loss.lambda_ == 0
         self.clip_loss = ClipLoss(local_loss=False, gather_with_grad=True, rank=rank, world_size=world_size)
         self.running: torch.Tensor | None = None  # decayed sums of [|dL_CLIP/df|^2, |dL_SDS/df|^2]
-        if self.off:
+        if self.off or loss.gradient == "amortised":
             return
         if teacher is not None and teacher.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(f"teacher: prediction_type {teacher.prediction_type!r} is not supported")
@@ -92,9 +105,7 @@ class SDSCLIP:
             return parts
         if (step + 1) % self.loss.sds_every:  # h_w keeps a (zero) gradient, so that every engine steps it alike
             return {**parts, "loss": clip + 0.0 * out.z.sum()}
-        z = out.z.detach().requires_grad_()
-        sds = self.distillation(z, batch)
-        g_z = torch.autograd.grad(sds, z)[0]  # the UNet's graph ends here
+        sds, g_z = self._ask(out.z.detach(), batch)  # the UNet's graphs end here
         if self.auto or diagnose:
             squares = self._gradient_products(out, batch, g_z)
         if self.auto:
@@ -127,14 +138,37 @@ class SDSCLIP:
         labels = torch.arange(len(image), device=image.device)
         return (F.cross_entropy(torch.cat([own, wrong], dim=1), labels) + F.cross_entropy(own.T, labels)) / 2
 
-    def distillation(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """L_SDS of this rank's images, not yet times lambda. Shapes: z [b, C, h, w] -> 0-dim."""
+    def _ask(self, z: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """L_SDS of this rank's images and its gradient in z, micro-batch by micro-batch."""
+        size, values, gradients = self.micro_batch or len(z), [], []
+        for first in range(0, len(z), size):
+            rows = slice(first, first + size)
+            part = z[rows].requires_grad_()
+            value = self.distillation(part, batch.part(rows), len(z))
+            gradients.append(torch.autograd.grad(value, part)[0])
+            values.append(value.detach())
+        return torch.stack(values).sum(), torch.cat(gradients)
+
+    def distillation(self, z: torch.Tensor, batch: Batch, of: int | None = None) -> torch.Tensor:
+        """L_SDS of some images, not yet times lambda. Shapes: z [b, C, h, w] -> 0-dim.
+
+        Args: of: the number of images in the mean that this is a part of; default b.
+        """
+        count = (of or len(z)) * z[0].numel()
+        how = {"weighting": self.loss.weighting, "reduction": count}
         if self.loss.gradient == "latents":
-            return F.mse_loss(z, self.teacher.encode(teacher_pixels(batch)).to(z.dtype))
+            return F.mse_loss(z, self.teacher.encode(teacher_pixels(batch)).to(z.dtype), reduction="sum") / count
+        if self.loss.gradient == "amortised":
+            if batch.targets is None:
+                raise ValueError("loss.gradient: amortised, but this batch has no targets from a bank")
+            levels = batch.abar.sqrt(), (1 - batch.abar).sqrt()
+            v = weights(self.loss.weighting, *levels, z, 1) / weights("inverse_snr_root", *levels, z, 1)
+            how |= {"weighting": v, "prediction_type": "sample"}
+            return ops.denoising_loss(z, None, 0, levels, x0=batch.targets.to(z.dtype), **how)
         if self.loss.captions == "shuffled" and batch.teacher_captions is batch.captions:
             raise ValueError("loss.captions: shuffled, but this batch has no shuffled captions")
         teacher, schedule = self.teacher, self.teacher.alphas_cumprod
-        text = teacher.embed(batch.teacher_captions)
+        text = teacher.embed(batch.teacher_captions) if batch.text is None else batch.text
         t = ops.Noise(self.seed, ops.draw(ops.Purpose.TIMESTEP, batch.visits), batch.ids).randint(*self.timesteps)
         noise = ops.Noise(self.seed, ops.draw(ops.Purpose.NOISE, batch.visits), batch.ids)
         through = self.loss.gradient == "full"
@@ -142,7 +176,6 @@ class SDSCLIP:
             source = z if through else z.detach()
             z_t = ops.add_noise(source, t, schedule, noise)[0] if self.loss.noised else source
             pred = teacher.predict(z_t, t, text)
-        how = {"weighting": self.loss.weighting, "reduction": "mean"}
         if through:
             eps_hat = ops.convert(pred, z_t, t, schedule, source=teacher.prediction_type, target="epsilon")
             return ops.denoising_loss(eps_hat, noise, t, schedule, **how)

@@ -7,6 +7,7 @@
     FOLDER/scheduler/     scheduler_config.json     any discrete scheduler: its betas and prediction type are used
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -114,3 +115,10 @@ def _load_tokenizer(kind, folder: Path):
             if not (folder / name).is_file():
                 raise ConfigError(f"teacher folder {folder.parent}: {folder.name}/{name} is missing")
     return kind.from_pretrained(str(folder), local_files_only=True)
+
+
+def fingerprint(path: str | Path) -> dict[str, str]:
+    """What tells a teacher from another: a digest of each weights file."""
+    folder = _folder(path, ())
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(f.relative_to(folder)): hashlib.blake2b(f.read_bytes(), digest_size=16).hexdigest() for f in files}

@@ -169,6 +169,10 @@ class WorldSource:
     def __len__(self) -> int:
         return self.length
 
+    def identity(self) -> str:
+        """What the pairs are."""
+        return f"world {self.split}, seed {self.seed}, {self.length} scenes"
+
     def scenes(self, ids: torch.Tensor) -> Scenes:
         chunks, inverse = torch.unique(ids // CHUNK, return_inverse=True)
         purpose = draw(Purpose.ORDER, _SPLIT_IDS[self.split])

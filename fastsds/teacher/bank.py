@@ -1,0 +1,271 @@
+"""The bank of amortised targets: what the teacher sees in the noised latents of real images, asked once.
+
+    x0hat_nk = x0hat(z_t, t, c_n),   z_t = sqrt(abar_t) z_n + sqrt(1 - abar_t) eps        (Teacher.targets)
+
+for image-caption pair n with VAE latent z_n, and K draws of (t, eps) that depend on (bank.seed, n, draw) alone. The targets do
+not depend on the student: they serve every epoch, student, arm and seed, and training from them needs no teacher.
+
+    BANK/cache/              latent [C, h, w] fp16, text [L, D] fp16 (the text encoder's answer), caption int64 (a digest)
+    BANK/generation_0000/    x0hat [K, C, h, w] fp16, abar [K] fp32; from latent and text as they are stored
+
+Visit v of a pair takes draw v mod K. With `refresh_every` e, generation g = v // e serves epochs g e .. (g + 1) e - 1 and its
+draws are counted on from generation g - 1's; the trainer makes it under its own output when an epoch needs it, and drops the
+one before last: a bank is only read by training, so runs share it.
+"""
+
+import argparse
+import hashlib
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastsds import config, ops
+from fastsds.config import ConfigError, Recipe
+from fastsds.progress import Line, clock
+from fastsds.schedule import timestep_range
+from fastsds.teacher.loading import fingerprint
+from fastsds.teacher.model import Teacher
+from fastsds.teacher.shards import INDEX, Shards, check_same
+
+CHUNK = 32  # pairs a call of the teacher, where teacher.micro_batch does not say
+SHARD_BYTES = 256 << 20
+SHARDS = 16  # at least, where there are as many chunks: the steps in which several processes share the work
+CACHE = "cache"
+
+
+class Bank:
+    """A bank on disk, as a recipe uses it: targets where its gradient is amortised, else the captions' embeddings alone.
+
+    latent_shape: (C, h, w). Open it, `attach` it to the data, then `read` it.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.folder, self.settings, amortised = Path(recipe.bank.path), recipe.bank, recipe.loss.gradient == "amortised"
+        self.refreshed = Path(recipe.output) / "bank"
+        self.read = self.targets if amortised else self.texts
+        if not (self.folder / CACHE).is_dir():
+            raise ConfigError(f"bank.path: {self.folder} holds no bank; `fastsds bank build` with the same recipe makes it")
+        self.cache = Shards.open(self.folder / CACHE)
+        wanted = _asked(recipe) if amortised else {"teacher": fingerprint(recipe.teacher.path)}
+        check_same(self.folder, self.cache.about, {**self.cache.about, **wanted})
+        self.latent_shape = tuple(self.cache.about["latent_shape"])
+        self._generations: dict[int, Shards] = {}
+
+    def attach(self, source, teacher: Teacher | None = None, rank: int = 0, world: int = 1) -> None:
+        """Say what data the targets are read for, and who makes them anew.
+
+        Args: teacher: with its UNet, where `refresh_every` asks for new targets; else None. rank, world: who shares that work.
+        Raises: ConfigError if the bank is of other data, or not whole.
+        """
+        check_same(self.folder, self.cache.about, {**self.cache.about, "data": source.identity()})
+        self.teacher, self.rank, self.world = teacher, rank, world
+        if self.cache.missing():
+            raise self._unfinished(CACHE)
+        if teacher is None and self.read == self.targets:
+            self._generation(0)
+
+    def targets(self, ids: torch.Tensor, visits: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        """The targets of pairs at visits, and their alpha-bar.
+
+        Shapes: ids, visits [b] -> targets fp16 [b, C, h, w], abar fp32 [b].
+        Raises: ConfigError if a caption is not the one that its targets were made for.
+        """
+        self._check(ids, captions)
+        every, draws = self.settings.refresh_every, self.settings.draws
+        generation = visits // every if every else torch.zeros_like(visits)
+        column = (visits - generation * every) % draws
+        x0hat, abar = torch.empty(len(ids), *self.latent_shape, dtype=torch.float16), torch.empty(len(ids))
+        for g in generation.unique().tolist():
+            of, shards = generation == g, self._generation(g)
+            x0hat[of], abar[of] = (shards.read(name, ids[of], column[of]) for name in ("x0hat", "abar"))
+        return {"targets": x0hat, "abar": abar}
+
+    def texts(self, ids: torch.Tensor, visits: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        """The captions' text embeddings. Shapes: ids [b] -> text fp16 [b, L, D]. Raises: as `targets`."""
+        self._check(ids, captions)
+        return {"text": self.cache.read("text", ids)}
+
+    def close(self) -> None:
+        """Delete the targets that the run made for itself."""
+        shutil.rmtree(self.refreshed, ignore_errors=True)
+
+    def _check(self, ids: torch.Tensor, captions: list[str]) -> None:
+        for row, digest, caption in zip(ids.tolist(), self.cache.read("caption", ids).tolist(), captions, strict=True):
+            if digest != caption_digest(caption):
+                raise ConfigError(f"bank {self.folder}: sample {row} was asked with another caption than {caption!r}")
+
+    def _generation(self, g: int) -> Shards:
+        if g not in self._generations:
+            parent = self.refreshed if g else self.folder
+            folder = _generation_folder(parent, g)
+            if not (folder / INDEX).is_file() or Shards.open(folder).missing():
+                if self.teacher is None:
+                    raise self._unfinished(folder.name)
+                fill_generation(parent, self.cache, self.teacher, g, self.rank, self.world)
+            shutil.rmtree(_generation_folder(self.refreshed, g - 2), ignore_errors=True)  # every rank is an epoch past it
+            self._generations.pop(g - 2, None)
+            self._generations[g] = Shards.open(folder)
+        return self._generations[g]
+
+    def _unfinished(self, name: str) -> ConfigError:
+        return ConfigError(f"bank {self.folder}: {name} is not whole; `fastsds bank build` with the same recipe goes on")
+
+
+def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 1) -> None:
+    """Make the bank that a recipe names, or what of it is missing: the cache, then generation 0.
+
+    Every process takes shards that no other has; rank 0 prints size and time first, and progress all the way.
+    Raises: ConfigError for a bank of other settings, or too little disk.
+    """
+    folder, chunk = Path(recipe.bank.path), recipe.teacher.micro_batch or CHUNK
+    about = {
+        **_asked(recipe), "data": source.identity(), "latent_shape": list(teacher.latent_shape),
+        "prediction_type": teacher.prediction_type, "dtype": str(teacher.dtype).removeprefix("torch."), "chunk": chunk,
+        "timesteps": timestep_range(teacher.alphas_cumprod, recipe.loss.t, recipe.loss.log_snr, recipe.loss.shift),
+    }  # fmt: skip
+    a_row = 2 * recipe.bank.draws * torch.Size(teacher.latent_shape).numel()
+    size = max(1, min(SHARD_BYTES // (a_row * chunk), len(source) // (SHARDS * chunk))) * chunk
+    cache = Shards.create(folder / CACHE, about, len(source), size)
+
+    def ask(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        samples = source.load(ids, torch.zeros_like(ids), teacher.image_size)
+        digests = torch.tensor([caption_digest(c) for c in samples.captions])
+        latent, text = teacher.encode(samples.pixels).half(), teacher.embed(samples.captions).half()
+        return {"latent": latent, "text": text, "caption": digests}
+
+    if rank == 0:
+        _announce(folder, cache, ask, teacher, a_row, world)
+    _fill(cache, ask, "latents and captions", rank, world)
+    fill_generation(folder, cache, teacher, 0, rank, world)
+
+
+def fill_generation(folder: Path, cache: Shards, teacher: Teacher, g: int, rank: int = 0, world: int = 1) -> None:
+    """Make the targets of a generation, or what of them is missing. Raises: ConfigError for a target outside fp16."""
+    shards = Shards.create(_generation_folder(folder, g), cache.about, cache.rows, cache.size)
+    _fill(shards, lambda ids: _targets(cache, teacher, g, ids), f"targets, generation {g}", rank, world)
+
+
+def _targets(cache: Shards, teacher: Teacher, g: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    about, place = cache.about, teacher.device
+    z, text = cache.read("latent", ids).to(place, torch.float32), cache.read("text", ids).to(place, teacher.dtype)
+    x0hat, abar = [], []
+    for visit in range(g * about["draws"], (g + 1) * about["draws"]):
+        t, noise = (
+            ops.Noise(about["seed"], ops.draw(purpose, visit), ids.to(place))
+            for purpose in (ops.Purpose.TIMESTEP, ops.Purpose.NOISE)
+        )
+        t = t.randint(*about["timesteps"])
+        x0hat.append(teacher.targets(z, t, noise, text).half())
+        abar.append(teacher.alphas_cumprod[t])
+    found = torch.stack(x0hat, dim=1)
+    if not found.isfinite().all():
+        bad = ids[~found.cpu().flatten(1).isfinite().all(1)].tolist()
+        raise ConfigError(f"bank: targets of samples {bad} are not finite in fp16; ask at a higher SNR (loss.log_snr, loss.t)")
+    return {"x0hat": found, "abar": torch.stack(abar, dim=1)}
+
+
+def _fill(shards: Shards, ask, what: str, rank: int, world: int) -> None:
+    """Write every missing shard, ask(ids) -> tensors a chunk at a time; own shards first, then whatever nobody has."""
+    chunk, line, began, made = shards.about["chunk"], Line(), time.monotonic(), 0
+    wanted = sum(len(shards.span(shard)) for shard in shards.missing())
+    while missing := shards.missing():
+        waiting = True
+        for shard in sorted(missing, key=lambda shard: (shard % world != rank, shard)):
+            with shards.claim(shard) as write:
+                if write is None:
+                    continue
+                waiting, parts, span = False, [], shards.span(shard)
+                for first in range(span.start, span.stop, chunk):
+                    parts.append(ask(torch.arange(first, min(first + chunk, span.stop))))
+                    made += len(next(iter(parts[-1].values())))
+                    if rank == 0:
+                        left = max(0, wanted / world - made) * (time.monotonic() - began) / made
+                        line.say(f"bank: {what} of {wanted:,} samples, {made:,} done here, left {clock(left)}")
+                write(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        if waiting:
+            time.sleep(0.2)  # others are at work on the last ones
+    line.end()
+
+
+def _announce(folder: Path, cache: Shards, ask, teacher: Teacher, a_row: int, world: int) -> None:
+    """Print size and time, from one chunk asked for that purpose. Raises: ConfigError if the disk is too small."""
+    path = _generation_folder(folder, 0)
+    targets = Shards.open(path) if (path / INDEX).is_file() else cache
+    missing = sum(len(cache.span(shard)) for shard in cache.missing())
+    absent = cache.rows if targets is cache else sum(len(targets.span(shard)) for shard in targets.missing())
+    if not missing and not absent:
+        return
+    ids, chunk = torch.arange(min(cache.about["chunk"], cache.rows)), cache.about["chunk"]
+    timed = {}
+    for name in ("warm-up", "asked"):
+        began = time.perf_counter()
+        first = ask(ids)
+        timed[name] = time.perf_counter() - began
+    z, text = first["latent"].float(), first["text"].to(teacher.dtype)
+    t = torch.full((len(ids),), cache.about["timesteps"][0], device=teacher.device)
+    for name in ("warm-up", "target"):
+        began = time.perf_counter()
+        float(teacher.targets(z, t, torch.zeros_like(z), text).sum())
+        timed[name] = time.perf_counter() - began
+    seconds = (missing * timed["asked"] + absent * cache.about["draws"] * timed["target"]) / chunk / world
+    needed = missing * sum(v.numel() * v.element_size() for v in first.values()) // len(ids) + absent * a_row
+    free = shutil.disk_usage(folder).free
+    print(
+        f"bank {folder}: {cache.rows:,} samples x {cache.about['draws']} targets in {len(cache)} shards; {needed / 2**20:,.0f} "
+        f"MiB to write, {free / 2**20:,.0f} free; about {clock(seconds)} on {world} x {teacher.device}", flush=True,
+    )  # fmt: skip
+    if needed > free:
+        raise ConfigError(f"bank.path: {folder} has {free / 2**20:,.0f} MiB free, the bank needs {needed / 2**20:,.0f}")
+
+
+def caption_digest(caption: str) -> int:
+    """A caption as an int64 that tells it from others."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _asked(recipe: Recipe) -> dict:
+    """What a recipe wants a bank to be, as an index says it."""
+    loss = recipe.loss
+    wanted = {"t": loss.t, "log_snr": loss.log_snr, "shift": loss.shift}
+    return {
+        "draws": recipe.bank.draws, "seed": recipe.bank.seed,
+        **{f"loss.{key}": list(value) if isinstance(value, tuple) else value for key, value in wanted.items()},
+        "teacher": fingerprint(recipe.teacher.path),
+    }  # fmt: skip
+
+
+def _generation_folder(folder: Path, g: int) -> Path:
+    return folder / f"generation_{g:04d}"
+
+
+def main(argv: list[str]) -> int:
+    """`fastsds bank build --recipe FILE --set KEY=VALUE`; several processes (torchrun) share the work."""
+    parser = argparse.ArgumentParser(prog="fastsds bank", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("action", choices=["build"], help="ask the teacher, or go on where it was stopped")
+    parser.add_argument("--recipe", metavar="FILE", help="what is asked: teacher, bank, data, loss")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one recipe value")
+    asked = parser.parse_args(argv)
+    recipe = config.load_recipe(asked.recipe, asked.set)
+    config.check(recipe)
+    if recipe.bank.path is None:
+        raise ConfigError("bank.path is null; expected the folder to build in (--set bank.path=DIR)")
+    if recipe.data.source == "world" and recipe.data.samples is None:
+        raise ConfigError("data.samples is null, and the world is endless; expected how many samples (--set data.samples=8192)")
+    from fastsds.data.sources import open_source
+    from fastsds.engine import device, ranks
+
+    rank, world, _ = ranks()
+    place = device()
+    half = recipe.precision == "bf16" and place.type == "cuda"
+    teacher = Teacher.load(recipe.teacher.path, place, torch.bfloat16 if half else torch.float32)
+    try:
+        build(recipe, teacher, open_source(recipe.data, teacher.image_size, recipe.seed), rank, world)
+    except KeyboardInterrupt:
+        print("\nstopped; whole shards are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    if rank == 0:
+        print(f"bank {recipe.bank.path} is whole")
+    return 0

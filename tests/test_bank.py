@@ -1,0 +1,248 @@
+"""The bank: its targets are the teacher's, whoever writes them and however often it is stopped; what it is of is checked."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+
+from fastsds import config, ops
+from fastsds.config import ConfigError
+from fastsds.data.sources import open_source
+from fastsds.teacher import Teacher, bank
+from fastsds.teacher.shards import Shards
+
+ROWS, DRAWS = 70, 3
+SETS = (
+    "loss.gradient=amortised", "loss.t=[0.2, 0.9]", f"data.samples={ROWS}", "data.batch=16", f"bank.draws={DRAWS}",
+    "bank.seed=4", "teacher.micro_batch=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return runs.write_recipe(tmp_path_factory.mktemp("tiny"))
+
+
+def recipe_of(base, folder, *more):
+    return config.load_recipe(base, [*SETS, f"bank.path={folder}", *more])
+
+
+def made(base, folder, *more, rank=0, world=1):
+    recipe = recipe_of(base, folder, *more)
+    teacher = Teacher.load(recipe.teacher.path)
+    bank.build(recipe, teacher, open_source(recipe.data, teacher.image_size), rank, world)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def built(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("banks") / "bank"
+    return made(base, folder), folder
+
+
+def opened(recipe, **how):
+    found = bank.Bank(recipe)
+    found.attach(open_source(recipe.data, tiny.IMAGE), **how)
+    return found
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_targets_are_the_teachers(built):
+    recipe, _ = built
+    teacher, source = Teacher.load(recipe.teacher.path), open_source(recipe.data, tiny.IMAGE)
+    ids, visits = torch.tensor([69, 3, 0, 41]), torch.tensor([0, 1, 5, 3])  # visits 5 and 3 take draws 2 and 0
+    samples = source.load(ids, visits, teacher.image_size)
+    found = opened(recipe).read(ids, visits, samples.captions)
+    text = opened(recipe).texts(ids, visits, samples.captions)["text"]
+    torch.testing.assert_close(text.float(), teacher.embed(samples.captions), rtol=1e-3, atol=1e-3)
+    z = teacher.encode(samples.pixels).half().float()
+    for row, k in enumerate((0, 1, 2, 0)):
+        t, noise = (ops.Noise(4, ops.draw(of, k), ids[row : row + 1]) for of in (ops.Purpose.TIMESTEP, ops.Purpose.NOISE))
+        t = t.randint(200, 900)
+        expected = teacher.targets(z[row : row + 1], t, noise, text[row : row + 1].float())
+        torch.testing.assert_close(found["targets"][row : row + 1].float(), expected, rtol=2e-3, atol=2e-3)
+        assert found["abar"][row] == teacher.alphas_cumprod[t]
+
+
+def test_an_interrupted_build_goes_on_and_a_torn_file_counts_for_nothing(base, built, tmp_path, monkeypatch):
+    whole, written = files(built[1]), []
+    claim = Shards.claim
+
+    def until(self, shard):
+        written.append(shard)
+        if len(written) == 13:
+            raise KeyboardInterrupt
+        return claim(self, shard)
+
+    monkeypatch.setattr(Shards, "claim", until)
+    with pytest.raises(KeyboardInterrupt):
+        made(base, tmp_path / "bank")
+    monkeypatch.undo()
+    assert 0 < len(files(tmp_path / "bank")) < len(whole)
+    recipe = recipe_of(base, tmp_path / "bank")
+    with pytest.raises(ConfigError, match="is not whole; .*fastsds bank build"):
+        opened(recipe)
+    (tmp_path / "bank" / "generation_0000").mkdir(exist_ok=True)
+    (tmp_path / "bank" / "generation_0000" / ".shard_00005.partial").write_bytes(b"torn")
+    made(base, tmp_path / "bank")
+    assert files(tmp_path / "bank") == whole
+    assert not list((tmp_path / "bank").rglob(".*"))
+
+
+def test_a_killed_writer_leaves_nothing_in_the_way(base, built, tmp_path):
+    command = [sys.executable, "-m", "fastsds.cli", "bank", "build", "--recipe", str(base)]
+    command += runs.sets(*SETS, f"bank.path={tmp_path / 'bank'}")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_env())
+    while not list(tmp_path.rglob("shard_*.safetensors")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made(base, tmp_path / "bank")
+    assert files(tmp_path / "bank") == files(built[1])
+
+
+def test_two_ranks_and_two_writers_make_the_same_bank(base, built, tmp_path):
+    """Two processes that do not know of each other, each rank 0 of 1; and a third that is rank 1 of 2."""
+    context = get_context("fork")
+    how = [{}, {}, {"rank": 1, "world": 2}]
+    writers = [context.Process(target=_writer, args=(base, tmp_path / "bank", kwargs)) for kwargs in how]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert files(tmp_path / "bank") == files(built[1])
+
+
+def _writer(base, folder, how):
+    torch.set_num_threads(1)
+    made(base, folder, **how)
+    os._exit(0)
+
+
+def _env():
+    return {**os.environ, "PYTHONPATH": str(runs.ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ("bank.draws=2", "made with draws 3, expected 2"), ("bank.seed=5", "made with seed 4, expected 5"),
+    ("loss.t=[0.3, 0.9]", r"made with loss.t \[0.2, 0.9\], expected \[0.3, 0.9\]"),
+    ("data.samples=69", "made with data .* expected"),
+])  # fmt: skip
+def test_a_bank_of_other_settings_or_data_is_refused(base, built, change, words):
+    recipe = recipe_of(base, built[1], change)
+    with pytest.raises(ConfigError, match=words):
+        opened(recipe)
+    before = files(built[1])
+    with pytest.raises(ConfigError, match=words):
+        made(base, built[1], change)
+    assert files(built[1]) == before
+
+
+def test_a_bank_of_another_teacher_caption_or_a_damaged_one_is_refused(base, built, tmp_path):
+    recipe, folder = built
+    other = tiny.save_teacher(tmp_path / "other", scale=0.25)
+    unet = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.write_bytes(unet.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ConfigError, match="made with teacher"):
+        bank.Bank(recipe_of(base, folder, f"teacher.path={other}"))
+    with pytest.raises(ConfigError, match="sample 1 was asked with another caption than 'a red ring'"):
+        opened(recipe).read(torch.tensor([1]), torch.tensor([0]), ["a red ring"])
+    with pytest.raises(ConfigError, match="holds no bank; .*fastsds bank build"):
+        bank.Bank(recipe_of(base, tmp_path / "nothing"))
+    shutil.copytree(folder, tmp_path / "bank")
+    shard = tmp_path / "bank" / "generation_0000" / "shard_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    source = open_source(recipe.data, tiny.IMAGE)
+    first = torch.tensor([0])
+    with pytest.raises(ConfigError, match="shard_00000.safetensors: damaged"):
+        opened(recipe_of(base, tmp_path / "bank")).read(first, first, source.load(first).captions)
+
+
+def test_it_says_what_it_will_cost_and_refuses_a_full_disk(base, tmp_path, capsys, monkeypatch):
+    recipe = made(base, tmp_path / "bank")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"bank {recipe.bank.path}: {ROWS} samples x {DRAWS} targets in ") and "MiB to write" in said[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10))
+    with pytest.raises(ConfigError, match="MiB free, the bank needs"):
+        made(base, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("sets", "words"), [
+    (("loss.gradient=amortised",), "bank.path is null"),
+    (("loss.gradient=amortised", "bank.path=b", "loss.noised=false"), "loss.noised"),
+    (("bank.path=b", "loss.captions=shuffled"), "loss.captions is 'shuffled'"),
+    (("bank.refresh_every=2", "bank.draws=3"), "bank.draws is 3"), (("bank.draws=0",), "at least 1"),
+    (("teacher.micro_batch=5",), "a divisor of 32"),
+])  # fmt: skip
+def test_recipes_that_make_no_sense(sets, words):
+    with pytest.raises(ConfigError, match=words):
+        config.check(config.load_recipe(None, sets))
+
+
+def test_the_command_line(tmp_path, capsys):
+    for more, words in (((), "bank.path is null"), (("bank.path=x",), "the world is endless")):
+        with pytest.raises(ConfigError, match=words):
+            bank.main(["build", *runs.sets(*more)])
+
+
+# -- training from it --------------------------------------------------------------------------------------------------
+
+
+def train(base, folder, output, *more):
+    assert runs.train("--recipe", base, *runs.sets(*SETS, f"bank.path={folder}", *more), "--output", output) == 0
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_from_the_bank_opens_no_teacher(base, built, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    rows = train(base, built[1], tmp_path / "run", "steps=12", "data.workers=1", "head.init=warmup", "head.warmup_steps=3")
+    assert all(row["sds"] > 0 for row in rows) and rows[-1]["sds"] < rows[0]["sds"]
+
+
+def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, built, tmp_path, monkeypatch):
+    """refresh_every = K makes generation g from draws g K .. g K + K - 1; two generations at most are kept."""
+    sets, before = (f"bank.refresh_every={DRAWS}", "steps=20", "checkpoint_every=8"), files(built[1])
+    fixed = train(base, built[1], tmp_path / "fixed", "steps=20")
+    kept = []
+    monkeypatch.setattr(bank.Bank, "close", lambda self: kept.extend(path.name for path in self.refreshed.iterdir()))
+    rows = train(base, built[1], tmp_path / "run", *sets)  # 20 x 32 images = 9.1 epochs of 70
+    assert sorted(kept) == ["generation_0002", "generation_0003"] and files(built[1]) == before
+    for ours, theirs in zip(rows, fixed, strict=True):
+        assert (ours["sds"] == theirs["sds"]) == (ours["step"] * 32 / ROWS <= DRAWS), ours["step"]
+    recipe = recipe_of(base, built[1], *sets, f"output={tmp_path / 'run'}")
+    teacher, ids = Teacher.load(recipe.teacher.path, parts=("unet",)), torch.tensor([5, 60])
+    captions = open_source(recipe.data, tiny.IMAGE).load(ids).captions
+    found = opened(recipe, teacher=teacher).read(ids, torch.tensor([7, 9]), captions)
+    for row, draw in enumerate((7, 9)):
+        t = ops.Noise(4, ops.draw(ops.Purpose.TIMESTEP, draw), ids[row : row + 1]).randint(200, 900)
+        assert found["abar"][row] == teacher.alphas_cumprod[t]
+    shutil.rmtree(tmp_path / "run" / "bank")
+    monkeypatch.undo()
+    resumed = runs.train("--recipe", base, *runs.sets(*SETS, f"bank.path={built[1]}", *sets), "--output",
+                         tmp_path / "run", "--resume", tmp_path / "run" / "checkpoints" / "step_00000016")  # fmt: skip
+    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert resumed == 0 and [(r["step"], r["loss"]) for r in again] == [(r["step"], r["loss"]) for r in rows]
+    assert not (tmp_path / "run" / "bank").exists()
+
+
+def test_cached_embeddings_serve_sds_and_leave_the_text_encoder_unread(base, built, tmp_path):
+    sets = runs.sets(*SETS[1:], "loss.gradient=sds", "steps=5")
+    losses = {}
+    for name, more in (("own", []), ("cached", runs.sets(f"bank.path={built[1]}", "loss.t=[0.3, 0.8]")[0:2])):
+        assert runs.train("--recipe", base, *sets, *more, "--output", tmp_path / name) == 0
+        losses[name] = [json.loads(line)["sds"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert losses["own"] == pytest.approx(losses["cached"], rel=1e-3) and losses["own"] != losses["cached"]
