@@ -263,7 +263,7 @@ def test_arms_from_a_bank_share_it_and_wait_for_it(tmp_path):
             assert bank in plan[name, seed].needs and list(plan).index(("bank", arm.bank)) < list(plan).index((name, seed))
             path = f"bank.path={bank.folder / 'bank'}"
             assert path in sets and path in bank.command() and "loss.gradient=amortised" in sets
-            config.load_recipe(None, [value for value in sets if "=" in value])
+            load_recipe(None, [value for value in sets if "=" in value])
     with pytest.raises(ConfigError, match="a bank needs a data set that ends"):
         demo.parse(["--controls", "bank", "--output", str(tmp_path)])
 
