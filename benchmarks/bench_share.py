@@ -9,25 +9,12 @@ import torch
 
 from fastsds import ops, testing
 
-GPU = torch.cuda.is_available()
-SHAPE = (8, 4, 64, 64) if GPU else (32, 4, 8, 8)
-
-
-def unet(device):
-    from diffusers import UNet2DConditionModel
-
-    if GPU:  # the class's defaults are SD v1's but for the width of the text
-        with torch.device(device):
-            return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).to(torch.bfloat16), 768
-    from fastsds import world
-
-    model = UNet2DConditionModel.from_pretrained(world.TEACHER, subfolder="unet").float()
-    return model, model.config.cross_attention_dim
+SHAPE = (8, 4, 64, 64) if torch.cuda.is_available() else (32, 4, 8, 8)
 
 
 @pytest.mark.parametrize("provider", ("unet_forward", "ours", "eager"))
-def test_share_of_a_step(provider, device, measure):
-    dtype = torch.bfloat16 if GPU else torch.float32
+def test_share_of_a_step(provider, device, measure, network):
+    dtype = network.dtype
     x0 = torch.randn(SHAPE, device=device, requires_grad=True)
     both = torch.randn(2 * SHAPE[0], *SHAPE[1:], device=device, dtype=dtype)
     t, abar = torch.randint(100, 900, SHAPE[:1], device=device), testing.alphas_cumprod().to(device)
@@ -51,7 +38,5 @@ def test_share_of_a_step(provider, device, measure):
         (0.5 * torch.nn.functional.mse_loss(x0, (x0 - grad).detach(), reduction="sum") / len(x0)).backward()
 
     if provider == "unet_forward":
-        model, width = unet(device)
-        model = model.requires_grad_(False).eval()
-        text = torch.randn(2 * SHAPE[0], 77 if GPU else 16, width, device=device, dtype=dtype)
+        model, text = network.make(), torch.randn(2 * SHAPE[0], *network.text, device=device, dtype=dtype)
     measure({"unet_forward": forward, "ours": ours, "eager": eager}[provider], 0)

@@ -8,11 +8,15 @@ device time (median, 20 %, 80 %), peak memory minus start, and the number of ker
 """
 
 import functools
+import gc
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+
+from fastsds import quiet
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -105,3 +109,107 @@ def measure(benchmark, device):
         info["percent_of_copy"] = 100 * copy_seconds(size, device) / seconds
 
     return run
+
+
+@functools.cache
+def matmul_flop_per_s(device, dtype):
+    """FLOP/s of a large matrix product: the peak of this session."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    if device == "cuda":
+        return 2 * n**3 / (device_milliseconds(lambda: a @ b)[0] * 1e-3)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / sorted(times)[len(times) // 2]
+
+
+@pytest.fixture
+def side_by_side(benchmark, device):
+    """side_by_side(providers, flop, samples, dtype): the same work by several providers, in one benchmark.
+
+    providers: name -> a function that makes what is timed (models, inputs), or the reason (a text) why there is none here.
+    flop: of one call. On CUDA one provider lives at a time and the device's own time counts; one that does not fit says so. On
+    the CPU all live at once and take turns, so that what else the machine does falls on all alike; memory is the caller's.
+    """
+
+    def run(providers, *, flop, samples, dtype, rounds=9):
+        rows, made = {}, {}
+        for name, make in providers.items():
+            if isinstance(make, str):
+                rows[name] = {"skipped": make}
+            elif device == "cuda":
+                rows[name] = _on_cuda(make, benchmark.disabled)
+            else:
+                made[name] = make()
+                made[name]()
+        times = {name: [] for name in made}
+        for _ in range(1 if benchmark.disabled else rounds):
+            for name, function in made.items():
+                start = time.perf_counter()
+                function()
+                times[name].append((time.perf_counter() - start) * 1e3)
+        rows |= {name: {"ms": sorted(found)[len(found) // 2], "best_ms": min(found)} for name, found in times.items()}
+        for row in rows.values():
+            if "ms" in row:
+                seconds = row["ms"] * 1e-3
+                row |= {"samples_per_s": samples / seconds, "tflop_per_s": flop / seconds * 1e-12}
+                row["percent_of_peak"] = 100 * flop / seconds / matmul_flop_per_s(device, dtype)
+        benchmark.extra_info |= {"providers": rows, "flop": flop, "samples": samples, "rounds": rounds}
+        benchmark.extra_info["floor_ms"] = 1e3 * flop / matmul_flop_per_s(device, dtype)
+        benchmark.pedantic(lambda: None, rounds=1)
+        return rows
+
+    return run
+
+
+def _on_cuda(make, once):
+    try:
+        function = make()
+        function()
+        if once:
+            return {}
+        function()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - start
+        median, low, high = device_milliseconds(function)
+        return {"ms": median, "p20": low, "p80": high, "peak_memory": peak}
+    except torch.cuda.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    finally:
+        function = None
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def network(device):
+    """What the teacher's benchmarks run: Stable Diffusion v1's UNet with random weights in bf16 on a GPU; on the CPU the
+    embedded world's. make() gives it frozen, with the same weights each time."""
+    from diffusers import UNet2DConditionModel
+
+    from fastsds import world
+
+    def of_sd():
+        torch.manual_seed(0)
+        with torch.device(device):  # the class's defaults are SD v1's but for the width of the text
+            return UNet2DConditionModel(sample_size=64, cross_attention_dim=768).to(torch.bfloat16)
+
+    def of_world():
+        with quiet.loading():
+            return UNet2DConditionModel.from_pretrained(world.TEACHER, subfolder="unet").float()
+
+    sd = device == "cuda"
+    return SimpleNamespace(
+        make=lambda: (of_sd if sd else of_world)().requires_grad_(False).eval(),
+        name="Stable Diffusion v1's UNet, random weights" if sd else "the embedded world's UNet",
+        latent=(4, 64, 64) if sd else (4, 8, 8), text=(77, 768) if sd else (16, of_world().config.cross_attention_dim),
+        dtype=torch.bfloat16 if sd else torch.float32,
+    )  # fmt: skip

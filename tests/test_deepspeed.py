@@ -18,17 +18,28 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(base, tmp_path_factory):
+def banked(base, tmp_path_factory):
+    """A bank of the teacher's targets; the set that names it."""
+    from fastsds.teacher import bank
+
+    path = f"bank.path={tmp_path_factory.mktemp('banks') / 'bank'}"
+    assert bank.main(["build", *map(str, base), *runs.sets(*BANK, path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(base, banked, tmp_path_factory):
     """Plain torch: one rank with the whole batch."""
     folder = tmp_path_factory.mktemp("plain")
     plan = {"base": base, "layernorm": [*base, *runs.sets("student.tune=layernorm")]}
-    plan |= {"auto": [*base, *runs.sets(*AUTO)], "world": runs.sets(*WORLD)}
+    plan |= {"auto": [*base, *runs.sets(*AUTO)], "world": runs.sets(*WORLD), "bank": [*base, *runs.sets(*BANK, banked)]}
     for name, argv in plan.items():
         assert runs.train(*argv, "--output", folder / name) == 0
     return {name: folder / name for name in plan}
 
 
 AUTO = ("loss.lambda=auto", "loss.sds_every=2", "loss.captions=shuffled", "loss.negatives=swapped", "log_every=2")
+BANK = ("loss.gradient=amortised", "data.samples=96", "bank.draws=2", "bank.refresh_every=3")  # 20 steps: 14 epochs
 WORLD = ("steps=2", "log_every=1", "data.batch=8", "eval.items=4")
 BITS = ("optimizer.name=adamw8bit", "steps=6", "checkpoint_every=3")
 HALF = ("precision=bf16", "steps=8", "checkpoint_every=4")
@@ -39,7 +50,7 @@ def stage(n: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(base, plain, tmp_path_factory):
+def two(base, plain, banked, tmp_path_factory):
     """Two ranks, half the micro-batch each: everything in one launch."""
     folder = tmp_path_factory.mktemp("two")
     tight = folder / "tight.json"  # every parameter is really partitioned, and gathered where it is used
@@ -49,6 +60,7 @@ def two(base, plain, tmp_path_factory):
     plan["tight"] = [*base, "--config", tight]
     plan["tight_layernorm"] = [*base, "--config", tight, *runs.sets("student.tune=layernorm")]
     plan["auto"] = [*base, *stage(3), *runs.sets(*AUTO)]
+    plan["bank"] = [*base, *stage(2), *runs.sets(*BANK, banked)]
     plan["world"] = ["--config", tight, *runs.sets(*WORLD)]
     for n in STAGES:
         plan[f"bits{n}"] = plan[f"bits{n}_again"] = [*base, *stage(n), *runs.sets(*BITS)]
@@ -98,6 +110,12 @@ def test_lambda_auto_and_the_controls_do_not_see_the_ranks(plain, two):
         ours, theirs = ([row[key] for row in runs.rows(run["auto"]) if key in row] for run in (two, plain))
         assert runs.relative(ours, theirs) < EQUAL
     assert len({row["lambda"] for row in runs.rows(plain["auto"]) if "lambda" in row}) > 1
+
+
+def test_two_ranks_share_a_bank_and_make_its_next_targets_together(plain, two):
+    for key in ("loss", "sds"):
+        assert runs.relative(runs.losses(two["bank"], key), runs.losses(plain["bank"], key)) < EQUAL
+    assert not (two["bank"] / "bank").exists()
 
 
 def test_the_embedded_world_and_its_evaluation_under_zero3(plain, two):

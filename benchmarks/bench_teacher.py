@@ -1,0 +1,114 @@
+"""The frozen UNet, forward and backward to its input: diffusers as a careful user runs it, and ours.
+
+    eager           diffusers with its SDPA processors           ours             accelerate_unet
+    xformers        with xformers' memory-efficient attention    ours + compile   accelerate_unet(compile="default")
+    compile         torch.compile, max-autotune, channels_last   ours + graphs    accelerate_unet(cuda_graph=True)
+
+`test_ablation` adds one idea at a time to the plain UNet; `test_activations` counts what a backward pass keeps at Stable
+Diffusion v1's size, where no memory is needed to count it.
+"""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastsds import testing
+from fastsds.teacher import accelerate_unet
+
+GPU = torch.cuda.is_available()
+BATCHES = (1, 8, 32) if GPU else (8,)
+NO_GPU = "needs a CUDA device"
+PLAIN = dict(attention=None, fused=False, memory_format=None)
+IDEAS = {
+    "channels_last": dict(PLAIN, memory_format="channels_last"),
+    "attention": dict(PLAIN, attention="auto"),
+    "norms": dict(PLAIN, fused=("norms",)),
+    "gates": dict(PLAIN, fused=("gates",)),
+    "remade gates": dict(PLAIN, fused=("remade_gates",)),
+    "convolutions": dict(PLAIN, fused=("convolutions",)),
+    "all of these": {},
+    "all, checkpointed": dict(checkpoint=True),
+}
+
+
+def call(network, device, batch, backward, change=lambda unet: None):
+    """A function that makes a UNet, changes it, and gives the call to time: prediction, or the gradient of the latents."""
+
+    def make():
+        unet = network.make()
+        change(unet)
+        torch.manual_seed(1)
+        z = torch.randn(batch, *network.latent, device=device, dtype=network.dtype, requires_grad=backward)
+        text = torch.randn(batch, *network.text, device=device, dtype=network.dtype)
+        t = torch.linspace(50, 950, batch, device=device).long()
+        g = torch.randn_like(z)
+
+        def run():
+            with torch.set_grad_enabled(backward):
+                y = unet(z, t, encoder_hidden_states=text).sample
+                return torch.autograd.grad(y, z, g)[0] if backward else y
+
+        return run
+
+    return make
+
+
+def changes(device, timed):
+    """Provider -> what it does to a plain UNet, or why it is not here."""
+
+    def compiled(unet):
+        unet.to(memory_format=torch.channels_last)
+        unet.forward = torch.compile(unet.forward, mode="max-autotune" if device == "cuda" else "default")
+
+    compiles = device == "cuda" or timed
+    untimed = "compiled only where it is timed: half a minute of C++"
+    return {
+        "eager": lambda unet: None,
+        "xformers": (lambda unet: unet.enable_xformers_memory_efficient_attention()) if device == "cuda" else NO_GPU,
+        "compile": compiled if compiles else untimed,
+        "ours": accelerate_unet,
+        "ours + compile": (lambda unet: accelerate_unet(unet, compile="default")) if compiles else untimed,
+        "ours + graphs": (lambda unet: accelerate_unet(unet, cuda_graph=True)) if device == "cuda" else NO_GPU,
+    }
+
+
+def check(network, device, backward, change):
+    """No number without this: ours errs at most twice as much as eager does, beside float64 (fp32 on a GPU)."""
+    exact = torch.float32 if device == "cuda" else torch.float64
+    found = {}
+    for name, how in (("oracle", lambda unet: None), ("eager", lambda unet: None), ("ours", change)):
+        wide = type(network)(**{**vars(network), "dtype": exact, "make": lambda: network.make().to(exact)})
+        found[name] = call(wide if name == "oracle" else network, device, 1, backward, how)()()
+    testing.assert_twice_eager(found["ours"], found["eager"], found["oracle"].double(), network.dtype)
+
+
+def flop(network, device, batch, backward):
+    """Of the plain UNet, counted by torch at batch 1."""
+    run = call(network, device, 1, backward)()
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return batch * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "forward_backward"))
+def test_unet(backward, batch, network, device, benchmark, side_by_side):
+    check(network, device, backward, accelerate_unet)
+    providers = {
+        name: change if isinstance(change, str) else call(network, device, batch, backward, change)
+        for name, change in changes(device, not benchmark.disabled).items()
+    }
+    side_by_side(providers, flop=flop(network, device, batch, backward), samples=batch, dtype=network.dtype)
+
+
+def test_ablation(network, device, side_by_side):
+    batch = 8
+    providers = {"plain": call(network, device, batch, True)}
+    for name, kwargs in IDEAS.items():
+        if name in ("all of these", "norms", "remade gates"):
+            check(network, device, True, lambda unet, kwargs=kwargs: accelerate_unet(unet, **kwargs))
+        change = lambda unet, kwargs=kwargs: accelerate_unet(unet, **kwargs)  # noqa: E731
+        providers[name] = call(network, device, batch, True, change)
+    rows = side_by_side(providers, flop=flop(network, device, batch, True), samples=batch, dtype=network.dtype)
+    for name, make in providers.items():
+        rows[name]["held"] = testing.held_for_backward_of(make)
