@@ -130,9 +130,10 @@ def matmul_flop_per_s(device, dtype):
 def side_by_side(benchmark, device):
     """side_by_side(providers, flop, samples, dtype): the same work by several providers, in one benchmark.
 
-    providers: name -> a function that makes what is timed (models, inputs), or the reason (a text) why there is none here.
-    flop: of one call. On CUDA one provider lives at a time and the device's own time counts; one that does not fit says so. On
-    the CPU all live at once and take turns, so that what else the machine does falls on all alike; memory is the caller's.
+    providers: name -> a function that makes what is timed (models, inputs), or the reason (a text) why there is none here. What
+    it makes may have a method `split`, which is asked afterwards. flop: of one call, or one number a provider. On CUDA one
+    provider lives at a time, and the device's own time counts; one that does not fit says so. On the CPU all live at once and
+    take turns, so that what else the machine does falls on all alike.
     """
 
     def run(providers, *, flop, samples, dtype, rounds=9):
@@ -151,14 +152,17 @@ def side_by_side(benchmark, device):
                 start = time.perf_counter()
                 function()
                 times[name].append((time.perf_counter() - start) * 1e3)
-        rows |= {name: {"ms": sorted(found)[len(found) // 2], "best_ms": min(found)} for name, found in times.items()}
-        for row in rows.values():
+        for name, found in times.items():
+            rows[name] = {"ms": sorted(found)[len(found) // 2], "best_ms": min(found)}
+            if hasattr(made[name], "split"):
+                rows[name]["split"] = made[name].split()
+        for name, row in rows.items():
             if "ms" in row:
-                seconds = row["ms"] * 1e-3
-                row |= {"samples_per_s": samples / seconds, "tflop_per_s": flop / seconds * 1e-12}
-                row["percent_of_peak"] = 100 * flop / seconds / matmul_flop_per_s(device, dtype)
-        benchmark.extra_info |= {"providers": rows, "flop": flop, "samples": samples, "rounds": rounds}
-        benchmark.extra_info["floor_ms"] = 1e3 * flop / matmul_flop_per_s(device, dtype)
+                seconds, work = row["ms"] * 1e-3, flop[name] if isinstance(flop, dict) else flop
+                peak = matmul_flop_per_s(device, dtype)
+                row |= {"flop": work, "floor_ms": 1e3 * work / peak, "percent_of_peak": 100 * work / seconds / peak}
+                row |= {"samples_per_s": samples / seconds, "tflop_per_s": work / seconds * 1e-12}
+        benchmark.extra_info |= {"providers": rows, "samples": samples, "rounds": rounds, "dtype": str(dtype)}
         benchmark.pedantic(lambda: None, rounds=1)
         return rows
 
@@ -179,7 +183,8 @@ def _on_cuda(make, once):
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - start
         median, low, high = device_milliseconds(function)
-        return {"ms": median, "p20": low, "p80": high, "peak_memory": peak}
+        split = {"split": function.split()} if hasattr(function, "split") else {}
+        return {"ms": median, "p20": low, "p80": high, "peak_memory": peak, **split}
     except torch.cuda.OutOfMemoryError:
         return {"skipped": "out of memory"}
     finally:
