@@ -184,6 +184,7 @@ class Careful(Step):
             with spans("student"):
                 images = (pixels.float() / 255 - self.mean) / self.std
                 image, text, scale = self.clip(images, tokens)[:3]
+                image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
                 clip = self.contrast(image.float(), text.float(), scale)
                 z = self.head(image * image.shape[-1] ** 0.5).unflatten(1, self.network.latent)
             with spans("loss ops"):

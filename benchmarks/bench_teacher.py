@@ -90,9 +90,11 @@ def check(network, device, backward, change):
 
 def flop(network, device, batch, backward):
     """Of the plain UNet, counted by torch at batch 1."""
-    run = call(network, device, 1, backward)()
-    with FlopCounterMode(display=False) as counter:
-        run()
+    unet, (z, t, text) = network.make(), inputs(network, device, 1, backward)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        y = unet(z, t, encoder_hidden_states=text).sample
+        if backward:
+            y.sum().backward()
     return batch * counter.get_total_flops()
 
 

@@ -209,7 +209,7 @@ def network(device):
 
     def of_world():
         with quiet.loading():
-            return UNet2DConditionModel.from_pretrained(world.TEACHER, subfolder="unet").float()
+            return UNet2DConditionModel.from_pretrained(world.TEACHER, subfolder="unet", low_cpu_mem_usage=False).float()
 
     sd = device == "cuda"
     return SimpleNamespace(
