@@ -162,7 +162,9 @@ def side_by_side(benchmark, device):
                 peak = matmul_flop_per_s(device, dtype)
                 row |= {"flop": work, "floor_ms": 1e3 * work / peak, "percent_of_peak": 100 * work / seconds / peak}
                 row |= {"samples_per_s": samples / seconds, "tflop_per_s": work / seconds * 1e-12}
-        benchmark.extra_info |= {"providers": rows, "samples": samples, "rounds": rounds, "dtype": str(dtype)}
+            row["provider"] = name
+        order = [rows[name] for name in providers]
+        benchmark.extra_info |= {"providers": order, "samples": samples, "rounds": rounds, "dtype": str(dtype)}
         benchmark.pedantic(lambda: None, rounds=1)
         return rows
 
