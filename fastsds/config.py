@@ -46,7 +46,8 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = "world"                 # "world" or a diffusers folder
+    path: str = "world"                 # "world", a diffusers folder, a .safetensors file, or hf-hub:ORG/NAME
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None     # null: what the folder or file says
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         from fastsds.teacher import Teacher
 
         half = recipe.precision == "bf16" and place.type == "cuda"
-        teacher = Teacher.load(recipe.teacher.path, place, torch.bfloat16 if half else torch.float32, parts)
+        dtype = torch.bfloat16 if half else torch.float32
+        teacher = Teacher.load(recipe.teacher.path, place, dtype, parts, recipe.teacher.prediction_type)
     shape = teacher.latent_shape if teacher else None
     student = load_student(recipe.student.model, recipe.student.pretrained, shape, place, recipe.seed)
     trained = apply_tuning(student, recipe.student.tune, head=teacher is not None)
