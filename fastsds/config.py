@@ -46,8 +46,14 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str = "world"                 # "world" or a diffusers folder
+    path: str = "world"                 # "world", a diffusers folder, a .safetensors file, or hf-hub:ORG/NAME
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None     # null: what the folder or file says
     micro_batch: int = 0                # images the UNet sees at a time; 0: a rank's whole batch
+    accelerate: bool | Literal["auto"] = "auto"     # auto: on a GPU
+    attention: str = "auto"             # a backend's name, or "keep": diffusers' own processors
+    compile: Literal["default", "max-autotune"] | None = None
+    cuda_graph: bool = False
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ for _keys, _test, _text in (
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
-    ("output student.model teacher.path data.source", lambda v: bool(v.strip()), "a text that is not empty"),
+    ("output student.model teacher.path teacher.attention data.source", lambda v: bool(v.strip()), "a text that is not empty"),
 ):
     _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
 

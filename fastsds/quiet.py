@@ -47,17 +47,26 @@ def install() -> None:
 
 @contextlib.contextmanager
 def loading():
-    """Within the block, transformers draws no progress bar for reading local weights; errors and downloads are untouched."""
+    """Within the block, reading local weights draws no bar, and nothing warns of tensors that lack or do not fit: who
+    loads raises one error for them. Errors and downloads are untouched.
+    """
     if verbose():
         yield
         return
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     def no_bar(factory, args, kwargs):
         return transformers_logging.EmptyTqdm(*args, **kwargs)
 
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
     before = transformers_logging.set_tqdm_hook(no_bar)
     try:
+        for library in libraries:
+            library.set_verbosity_error()
         yield
     finally:
+        for library, level in zip(libraries, levels):
+            library.set_verbosity(level)
         transformers_logging.set_tqdm_hook(before)

@@ -83,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if parts:
         from fastsds.teacher import Teacher
 
-        half = recipe.precision == "bf16" and place.type == "cuda"
-        teacher = Teacher.load(recipe.teacher.path, place, torch.bfloat16 if half else torch.float32, parts)
+        teacher = Teacher.of(recipe, place, parts)
     if recipe.bank.path and loss.lambda_ != 0:
         from fastsds.teacher.bank import Bank
 
@@ -140,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"output: {error}") from error
     metrics = Metrics(output, rank, recipe.steps, start)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
+    if teacher and teacher.acceleration:
+        metrics.note(f"teacher: {teacher.acceleration}")
     stop = Interrupt()
 
     def save(step: int) -> Path:

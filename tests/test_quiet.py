@@ -62,6 +62,18 @@ def test_install_twice_is_once():
         assert len([f for f in logging.getLogger(name).filters if isinstance(f, quiet._Drop)]) == 1
 
 
+@pytest.mark.parametrize("name", ["transformers.modeling_utils", "diffusers.models.modeling_utils"])
+def test_loading_leaves_tensors_to_the_error_of_who_loads(name, monkeypatch):
+    logger = logging.getLogger(name)
+    monkeypatch.setenv("FASTSDS_VERBOSE", "0")
+    with quiet.loading():
+        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+    assert logger.isEnabledFor(logging.WARNING)
+    monkeypatch.setenv("FASTSDS_VERBOSE", "1")
+    with quiet.loading():
+        assert logger.isEnabledFor(logging.WARNING)
+
+
 def test_loading_draws_no_bar(monkeypatch, capfd):
     from transformers.utils.logging import tqdm
     monkeypatch.setenv("FASTSDS_VERBOSE", "0")

@@ -178,7 +178,7 @@ def test_damaged_files_are_named(folder, tmp_path):
     out = tmp_path / "broken"
     shutil.copytree(folder, out)
     (out / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 50)
-    with pytest.raises(ConfigError, match="broken: vae"):
+    with pytest.raises(ConfigError, match="broken/vae/diffusion_pytorch_model.safetensors: truncated or damaged"):
         Teacher.load(out)
     (out / "unet" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"unet/config.json: not JSON"):
@@ -213,3 +213,83 @@ def test_targets_and_scores_are_the_prediction_converted(tmp_path, kind):
     assert torch.equal(
         teacher.targets(z0, t, stream, text), teacher.targets(z0, t, stream.normal(tiny.LATENT), text)
     )
+
+
+# -- frozen, and the same for everyone who asks ------------------------------------------------------------------------
+
+
+def parts_of(teacher) -> dict:
+    names = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "latent_shape", "image_size")
+    return {name: getattr(teacher, name) for name in names}
+
+
+def test_a_teacher_of_modules_that_require_grad_is_refused(folder):
+    teacher = Teacher.load(folder)
+    for part, name in (("unet", "conv_in.bias"), ("vae", "quant_conv.weight"), ("text_encoder", "final_layer_norm.bias")):
+        parameter = getattr(teacher, part).get_parameter(name).requires_grad_(True)
+        with pytest.raises(ValueError, match=f"^{part}.{name} requires grad: a teacher is frozen; call requires_grad_"):
+            Teacher(**parts_of(teacher))
+        parameter.requires_grad_(False)
+    assert Teacher(**parts_of(teacher)).unet is teacher.unet
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_teacher_that_requires_grad_later_is_refused(folder, grad):
+    teacher = Teacher.load(folder)
+    z, t, text = torch.randn(1, *tiny.LATENT), torch.tensor([5]), teacher.embed(["a"])
+    questions = {
+        "predict": lambda: teacher.predict(z.requires_grad_(grad), t, text),
+        "targets": lambda: teacher.targets(z, t, z.detach(), text),
+        "score": lambda: teacher.score(z, t, z.detach(), text),
+    }
+    for parameter in (teacher.unet.conv_out.weight, teacher.text_encoder.final_layer_norm.bias):
+        for ask in questions.values():
+            ask()
+            parameter.requires_grad_(True)
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"(conv_out.weight|norm.bias) requires grad"):
+                ask()
+            parameter.requires_grad_(False)
+
+
+def test_autocast_around_it_changes_no_embedding_and_no_latent(folder):
+    plain, inside = Teacher.load(folder), Teacher.load(folder)
+    pixels, captions = tiny.pixels(2), tiny.captions(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        text, latents = inside.embed(captions), inside.encode(pixels)
+        decoded = inside.decode(latents)
+    assert torch.equal(text, plain.embed(captions)) and torch.equal(latents, plain.encode(pixels))
+    assert torch.equal(decoded, plain.decode(latents)) and latents.dtype == torch.float32
+
+
+def test_latents_that_are_not_finite_are_refused(folder):
+    teacher = Teacher.load(folder, parts=("vae",))
+    teacher.vae.encoder.conv_in.weight.data[0] = 1e38
+    with pytest.raises(FloatingPointError, match="vae's latents of the first images are not finite in torch.float32"):
+        teacher.encode(tiny.pixels(2))
+
+
+def test_the_cache_holds_no_more_than_its_bound(folder, monkeypatch):
+    """Rows are kept apart: one that stays does not keep the chunk alive that it was computed in."""
+    teacher, captions = Teacher.load(folder, parts=("text",)), tiny.captions(64)
+    size = teacher.embed(["a"]).numel() * 4
+    monkeypatch.setattr("fastsds.teacher.model.CACHE_BYTES", 20 * size)
+    for start in range(0, 64, 16):
+        teacher.embed([*captions[:3], *captions[start : start + 16]])
+        held = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row in teacher._captions.values()}
+        assert sum(held.values()) <= 20 * size
+    assert set(captions[:3]) < set(teacher._captions)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_an_embedding_depends_on_no_neighbour(folder, dtype):
+    captions, load = tiny.captions(37), lambda: Teacher.load(folder, "cuda", dtype)
+    teacher, alone = load(), load()
+    whole = teacher.embed(captions)
+    assert whole.is_cuda and torch.equal(whole, torch.cat([alone.embed([c]) for c in captions]))
+    expected = Teacher.load(folder).embed(captions)
+    torch.testing.assert_close(whole.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+    latents = teacher.encode(tiny.pixels(2))
+    with torch.autocast("cuda", torch.float16):
+        assert torch.equal(teacher.encode(tiny.pixels(2)), latents) and latents.is_cuda

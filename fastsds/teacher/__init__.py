@@ -1,5 +1,6 @@
 """The frozen diffusion model."""
 
+from fastsds.teacher.loading import fingerprint
 from fastsds.teacher.model import Teacher
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "fingerprint"]

@@ -233,7 +233,7 @@ def _asked(recipe: Recipe) -> dict:
     return {
         "draws": recipe.bank.draws, "seed": recipe.bank.seed,
         **{f"loss.{key}": list(value) if isinstance(value, tuple) else value for key, value in wanted.items()},
-        "teacher": fingerprint(recipe.teacher.path),
+        "teacher": fingerprint(recipe.teacher.path), "teacher.prediction_type": recipe.teacher.prediction_type,
     }  # fmt: skip
 
 
@@ -258,9 +258,7 @@ def main(argv: list[str]) -> int:
     from fastsds.engine import device, ranks
 
     rank, world, _ = ranks()
-    place = device()
-    half = recipe.precision == "bf16" and place.type == "cuda"
-    teacher = Teacher.load(recipe.teacher.path, place, torch.bfloat16 if half else torch.float32)
+    teacher = Teacher.of(recipe, device())
     try:
         build(recipe, teacher, open_source(recipe.data, teacher.image_size, recipe.seed), rank, world)
     except KeyboardInterrupt:

@@ -1,124 +1,211 @@
-"""Read a frozen teacher from a diffusers folder.
+"""Read a frozen teacher: a diffusers folder (folder.py) or one file in the original layout (single_file.py).
 
-    FOLDER/unet/          UNet2DConditionModel      config.json, weights
-    FOLDER/vae/           AutoencoderKL             config.json, weights
-    FOLDER/text_encoder/  CLIPTextModel             config.json, weights
-    FOLDER/tokenizer/     CLIPTokenizer
-    FOLDER/scheduler/     scheduler_config.json     any discrete scheduler: its betas and prediction type are used
+Stable Diffusion 1.x and 2.x and whatever else is a UNet2DConditionModel with an AutoencoderKL and a CLIPTextModel.
 """
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
 
-from fastsds import quiet
 from fastsds.config import ConfigError
+from fastsds.teacher.files import digest
+from fastsds.teacher.folder import NAMES, Folder
+from fastsds.teacher.single_file import SingleFile
 
 PARTS = ("unet", "text", "vae")
-FOLDERS = {"unet": ("unet",), "text": ("text_encoder", "tokenizer"), "vae": ("vae",)}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HUB = "hf-hub:"
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+TEXT_TYPE = "clip_text_model"
+NEEDED = {
+    "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim"),
+    "vae": ("latent_channels", "block_out_channels"),
+    "text": ("hidden_size", "vocab_size"),
+}
+SUPPORTED = "Stable Diffusion 1.x and 2.x, text to image, are supported"
 
 
-def load_parts(path: str | Path, device: str | torch.device, dtype: torch.dtype, parts: tuple[str, ...]) -> dict:
-    """Load the named parts of a teacher: what `Teacher` is made of.
+def load_parts(
+    path: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    parts: tuple[str, ...],
+    prediction_type: str | None = None,
+) -> dict:
+    """Load the named parts of a teacher: what `Teacher` is made of, frozen and in evaluation mode.
 
-    Args: path: "world" (the embedded one), a local folder, or `hf-hub:ORG/NAME`: only the last is ever fetched.
-        parts: of "unet", "text" and "vae"; what is left out is neither read nor needed.
-    Raises: ConfigError that names the folder and the missing file.
+    Args: path: "world" (the embedded one), a local folder, a local `.safetensors` file, or `hf-hub:ORG/NAME`: only the
+        last is ever fetched, and only what is not on disk. parts: of "unet", "text" and "vae"; what is left out is
+        neither read nor needed, but for the UNet's and the VAE's configuration. prediction_type: what the UNet predicts;
+        None: what the folder or the file says.
+    Raises: ConfigError that names the folder or file, the part, and what was expected.
+    Numerics: in float16 the VAE is float32: SD's overflows.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler
 
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"parts: {sorted(unknown)}, expected some of {PARTS}")
-    folder = _folder(path, parts)
-    configs = {name: _read_json(folder / name / "config.json") for name in ("unet", "vae")}
-    schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
-    sample, blocks = configs["unet"].get("sample_size"), configs["vae"].get("block_out_channels")
-    if not isinstance(sample, int):
-        raise ConfigError(f"{folder / 'unet' / 'config.json'}: sample_size is {sample!r}, expected an integer")
-    loaded = {}
-    if "unet" in parts:
-        loaded["unet"] = _load(UNet2DConditionModel, folder / "unet", dtype)
-    if "vae" in parts:
-        loaded["vae"] = _load(AutoencoderKL, folder / "vae", dtype)
-    if "text" in parts:
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        loaded["text_encoder"] = _load(CLIPTextModel, folder / "text_encoder", dtype)
-        loaded["tokenizer"] = _load_tokenizer(CLIPTokenizer, folder / "tokenizer")
-    for name, part in loaded.items():
-        if name != "tokenizer":
-            part.to(device)
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts: {parts}, expected some of {PARTS}")
+    _check_device(torch.device(device), dtype)
+    source = _source(path, parts, prediction_type)
+    schedule = source.schedule()
+    kind = schedule["prediction_type"] = prediction_type or schedule.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ConfigError(f"{source.where}: prediction_type is {kind!r}, expected one of {', '.join(PREDICTIONS)}")
+    configs = {part: source.config(part) for part in PARTS if part != "text" or "text" in parts}
+    _check(source.where, configs)
+    tokenizer = source.tokenizer() if "text" in parts else None
+    if tokenizer is not None and len(tokenizer) > (size := configs["text"]["vocab_size"]):
+        raise ConfigError(f"{source.where}: the tokenizer has {len(tokenizer)} tokens, its text encoder {size}")
+    loaded = {part: source.model(part, torch.float32 if (part, dtype) == ("vae", torch.float16) else dtype) for part in parts}
+    for model in loaded.values():
+        model.requires_grad_(False).eval()
+        for parameter in model.parameters():  # copied: off the mapped file, which may change, and aligned
+            parameter.data = parameter.data.to(device, copy=True)
+        model.to(device)
+    sample, blocks = configs["unet"]["sample_size"], configs["vae"]["block_out_channels"]
     return dict(
-        **loaded,
+        unet=loaded.get("unet"),
+        vae=loaded.get("vae"),
+        text_encoder=loaded.get("text"),
+        tokenizer=tokenizer,
         scheduler=DDPMScheduler.from_config(schedule),
         latent_shape=(configs["unet"]["in_channels"], sample, sample),
         image_size=sample * 2 ** (len(blocks) - 1),
     )
 
 
-def _folder(path: str | Path, parts: tuple[str, ...]) -> Path:
-    """The local folder of a recipe's `teacher.path`; fetches a hub id that was named as one."""
-    text = str(path)
-    if text == "world":
+def fingerprint(path: str | Path) -> dict[str, str]:
+    """Digests of the files that a teacher is made of, by their names relative to it: {"unet/config.json": "5f..."}.
+
+    Two teachers with one fingerprint are one model, wherever they lie. Nothing is fetched.
+    Cost: see `files.digest`: 6 MiB read of a file of any size above 64 MiB.
+    """
+    local = _cached(str(path)) if str(path).startswith(HUB) else _local(path)
+    if local is None:
+        raise ConfigError(f"teacher.path {path}: not on disk")
+    if local.is_file():
+        return {local.name: digest(local)}
+    return {file.relative_to(local).as_posix(): digest(file) for file in Folder(local).files()}
+
+
+# -- where a path leads ------------------------------------------------------------------------------------------------
+
+
+def _source(path: str | Path, parts: tuple[str, ...], prediction_type: str | None) -> Folder | SingleFile:
+    """What holds the parts; fetches a hub id of which something is not on disk."""
+    if str(path).startswith(HUB):
+        folder = _cached(str(path))
+        return Folder(folder if folder is not None and _holds(Folder(folder), parts) else _fetch(str(path), parts))
+    local = _local(path)
+    return SingleFile(local, prediction_type) if local.is_file() else Folder(local)
+
+
+def _local(path: str | Path) -> Path:
+    if str(path) == "world":
         from fastsds import world
 
-        folder = Path(world.TEACHER)
-    elif text.startswith("hf-hub:"):
-        from huggingface_hub import snapshot_download
-
-        wanted = {"unet": None, "vae": None, **{f: None for part in parts for f in FOLDERS[part]}}
-        patterns = ["scheduler/*.json"] + [f"{f}/*{s}" for f in wanted for s in (".json", ".txt", ".safetensors")]
-        try:
-            return Path(snapshot_download(text.removeprefix("hf-hub:"), allow_patterns=patterns))
-        except Exception as error:
-            raise ConfigError(f"teacher.path {text}: {str(error).strip().splitlines()[0]}") from error
-    else:
-        folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"teacher.path: folder {folder} does not exist (expected a diffusers folder)")
-    return folder
+        path = world.TEACHER
+    path = Path(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ConfigError(f"teacher.path: {path} is not a .safetensors file; a pickled checkpoint is not read: convert it")
+    if not path.exists():
+        raise ConfigError(
+            f"teacher.path: {path} does not exist (expected a diffusers folder, a .safetensors file, or {HUB}ORG/NAME)"
+        )
+    return path
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ConfigError(f"teacher folder {path.parents[1]}: {path.parent.name}/{path.name} is missing")
+def _cached(name: str) -> Path | None:
+    """The folder of a hub id on this disk, whole or not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+        return Path(snapshot_download(name.removeprefix(HUB), local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise ConfigError(f"teacher.path {name}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _load(kind, folder: Path, dtype: torch.dtype):
-    """One pretrained part, from local files alone, its weights cast to dtype."""
-    _read_json(folder / "config.json")
-    names = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
-    if not names:
-        default = "model.safetensors" if folder.name == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        raise ConfigError(f"teacher folder {folder.parent}: {folder.name}/{default} is missing")
-    options = {"variant": "fp16"} if all(".fp16." in name for name in names) else {}
-    if folder.name == "text_encoder":
-        options["dtype"] = dtype
-    else:
-        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # True needs accelerate
+def _holds(folder: Folder, parts: tuple[str, ...]) -> bool:
     try:
-        with quiet.loading():
-            return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"teacher folder {folder.parent}: {folder.name}: {str(error).strip().splitlines()[0]}") from error
+        for part in PARTS:
+            folder.config(part)
+        for part in parts:
+            folder.weights(part)
+        folder.schedule()
+    except ConfigError:
+        return False
+    return "text" not in parts or any(folder.path.glob("tokenizer/*.json"))
 
 
-def _load_tokenizer(kind, folder: Path):
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise ConfigError(f"teacher folder {folder.parent}: {folder.name}/{name} is missing")
-    return kind.from_pretrained(str(folder), local_files_only=True)
+def _fetch(name: str, parts: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted, unwanted = _patterns(parts)
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted, ignore_patterns=unwanted))
+    except Exception as error:
+        raise ConfigError(f"teacher.path {name}: {str(error).strip().splitlines()[0]}") from error
 
 
-def fingerprint(path: str | Path) -> dict[str, str]:
-    """What tells a teacher from another: a digest of each weights file."""
-    folder = _folder(path, ())
-    files = sorted(folder.rglob("*.safetensors"))
-    return {str(f.relative_to(folder)): hashlib.blake2b(f.read_bytes(), digest_size=16).hexdigest() for f in files}
+def _patterns(parts: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """What is fetched of a hub id for these parts, and what is not all the same."""
+    wanted = ["model_index.json", *(f"{name}/*.json" for name in (*NAMES.values(), "scheduler"))]
+    wanted += [f"{NAMES[part]}/*.safetensors" for part in parts]
+    if "text" in parts:
+        wanted += ["tokenizer/*.json", "tokenizer/*.txt"]
+    return wanted, ["*.fp16.*", "*.non_ema.*"]  # second copies of the same weights
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def _check(where: str, configs: dict[str, dict]) -> None:
+    """Raise ConfigError unless the parts are those of a latent text-to-image model, and fit each other."""
+
+    def refuse(part: str, what: str):
+        raise ConfigError(f"{where}: {NAMES[part]}: {what}: {SUPPORTED}")
+
+    unet, vae, text = configs["unet"], configs["vae"], configs.get("text")
+    for part, expected in CLASSES.items():
+        if (kind := configs[part].get("_class_name", expected)) != expected:
+            refuse(part, f"it is {kind}, expected {expected}")
+    if text is not None and text.get("model_type", TEXT_TYPE) != TEXT_TYPE:
+        refuse("text", f"it is {text['model_type']}, expected {TEXT_TYPE}")
+    for part, keys in NEEDED.items():
+        if part in configs and (absent := [key for key in keys if key not in configs[part]]):
+            raise ConfigError(f"{where}: {NAMES[part]}: its configuration has no {absent[0]}")
+    if unet.get("addition_embed_type") == "text_time":
+        refuse("unet", "an SDXL UNet, which also asks for pooled text and image sizes")
+    for key in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if unet.get(key) is not None:
+            refuse("unet", f"{key} is {unet[key]!r}: a UNet that asks for more than a caption")
+    channels, given = unet["in_channels"], unet["out_channels"]
+    if channels != given:
+        kind = {9: ", an inpainting UNet"}.get(channels, "")
+        refuse("unet", f"it takes {channels} channels and gives {given}{kind}; expected as many as it gives")
+    if channels != vae["latent_channels"]:
+        latents = vae["latent_channels"]
+        raise ConfigError(f"{where}: the unet takes {channels} latent channels, the vae gives {latents}: not of one model")
+    if text is not None and text["hidden_size"] != unet["cross_attention_dim"]:
+        width, expected = text["hidden_size"], unet["cross_attention_dim"]
+        raise ConfigError(f"{where}: the text_encoder is {width} wide, the unet expects {expected}: not of one model")
+    if not isinstance(unet["sample_size"], int):
+        raise ConfigError(f"{where}: unet: sample_size is {unet['sample_size']!r}, expected an integer")
+
+
+def _check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a device that is not there or that cannot compute in dtype."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"teacher: dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if device.type == "cuda" and dtype is torch.bfloat16 and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError(f"teacher: {device} has no bfloat16; expected float16 or float32")
+    try:
+        x = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
+        torch.nn.functional.conv2d(x, x)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"teacher: {dtype} on {device}: {str(error).strip().splitlines()[0]}") from error

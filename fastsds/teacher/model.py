@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastsds import ops
+from fastsds.teacher.accelerate import accelerate_unet
 from fastsds.teacher.loading import PARTS, load_parts
 
 TEXT_CHUNK = 16  # captions are embedded in runs of one fixed shape: a caption's bits depend on no other caption
@@ -20,7 +21,8 @@ class Teacher:
     """A frozen latent diffusion model. Latents are scaled: (VAE mean - shift_factor) * scaling_factor.
 
     alphas_cumprod: [T] fp32; prediction_type: "epsilon", "v_prediction" or "sample"; latent_shape: (C, h, w);
-    image_size: pixels a side.
+    image_size: pixels a side. Its modules come frozen; ValueError names a parameter that requires grad, when the teacher
+    is made and whenever it is asked for a prediction.
     """
 
     def __init__(self, *, unet=None, vae=None, text_encoder=None, tokenizer=None, scheduler, latent_shape, image_size):
@@ -29,11 +31,16 @@ class Teacher:
         self.prediction_type = scheduler.config.prediction_type
         self.latent_shape, self.image_size = tuple(latent_shape), int(image_size)
         for module in self.modules():
-            module.requires_grad_(False).eval()
+            module.eval()
+        parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+        self._frozen = [(f"{part}.{n}", p) for part, m in parts.items() if m is not None for n, p in m.named_parameters()]
+        self._check_frozen()
         first = next(iter(self.modules()))
         self.device, self.dtype = next(first.parameters()).device, next(first.parameters()).dtype
         self.alphas_cumprod = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self._captions: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.acceleration = None  # what `accelerate_unet` did to the UNet
+        self._encodes_finite = False  # until the first images have shown it
 
     @classmethod
     def load(
@@ -42,9 +49,22 @@ class Teacher:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         parts: tuple[str, ...] = PARTS,
+        prediction_type: str | None = None,
     ) -> "Teacher":
         """Load the named parts of a teacher: see `loading.load_parts`."""
-        return cls(**load_parts(path, device, dtype, parts))
+        return cls(**load_parts(path, device, dtype, parts, prediction_type))
+
+    @classmethod
+    def of(cls, recipe, device: torch.device, parts: tuple[str, ...] = PARTS) -> "Teacher":
+        """Load the parts of a recipe's teacher, in bf16 on a GPU where its precision is; its UNet accelerated as it says."""
+        asked, gpu = recipe.teacher, device.type == "cuda"
+        half = gpu and recipe.precision == "bf16"
+        teacher = cls.load(asked.path, device, torch.bfloat16 if half else torch.float32, parts, asked.prediction_type)
+        if teacher.unet is not None and (gpu if asked.accelerate == "auto" else asked.accelerate):
+            attention = None if asked.attention == "keep" else asked.attention
+            how = {name: getattr(asked, name) for name in ("compile", "cuda_graph", "checkpoint")}
+            teacher.acceleration = accelerate_unet(teacher.unet, attention=attention, **how)
+        return teacher
 
     def modules(self) -> list[torch.nn.Module]:
         """The neural parts that are loaded."""
@@ -73,8 +93,10 @@ class Teacher:
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
-            hidden = self.text_encoder(ids.to(self.device))[0]
-            fresh.update(zip(chunk, hidden.clone().unbind(0), strict=False))
+            with self._plain():
+                hidden = self.text_encoder(ids.to(self.device))[0]
+            rows = [row.clone() for row in hidden[: len(chunk)]]  # a row apart is freed alone
+            fresh.update(zip(chunk, rows, strict=True))
         rows = [fresh[c] if c in fresh else self._captions[c] for c in captions]
         self._remember(captions, rows)
         return torch.stack(rows)
@@ -85,6 +107,7 @@ class Teacher:
         Shapes: z_t [B, C, h, w], t int64 [B], text [B, L, D] -> [B, C, h, w].
         """
         self._need("unet")
+        self._check_frozen()
         if tuple(z_t.shape[1:]) != self.latent_shape:
             raise ValueError(f"latents {tuple(z_t.shape)}, expected [B, {', '.join(map(str, self.latent_shape))}]")
         hidden = text.to(self.dtype)
@@ -113,13 +136,25 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scaled latents: the mean of the VAE's posterior. Shapes: uint8 [B, 3, S, S] -> fp32 [B, C, h, w]."""
+        """Scaled latents: the mean of the VAE's posterior. Shapes: uint8 [B, 3, S, S] -> fp32 [B, C, h, w].
+
+        Raises: FloatingPointError if the first images' latents are not finite (the one host read, in the first call).
+        Numerics: in the VAE's own dtype, whatever autocast says.
+        """
         self._need("vae")
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {size}, {size}]")
         images = pixels.to(self.device).float() / 127.5 - 1
-        mean = self.vae.encode(images.to(self.dtype)).latent_dist.mean.float()
+        with self._plain():
+            mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.float()
+        if not self._encodes_finite:
+            if not bool(mean.isfinite().all()):
+                raise FloatingPointError(
+                    f"teacher: the vae's latents of the first images are not finite in {self.vae.dtype}: its weights are "
+                    "damaged, or too large for that dtype; expected float32 or bfloat16"
+                )
+            self._encodes_finite = True
         config = self.vae.config
         return (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
@@ -129,8 +164,18 @@ class Teacher:
         self._need("vae")
         config = self.vae.config
         unscaled = latents.to(self.device).float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        images = self.vae.decode(unscaled.to(self.dtype)).sample.float()
+        with self._plain():
+            images = self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def _plain(self):
+        """A context without autocast: what is computed once must not depend on who asked first."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _check_frozen(self) -> None:
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise ValueError(f"{name} requires grad: a teacher is frozen; call requires_grad_(False) on its modules")
 
     def _need(self, name: str) -> None:
         if getattr(self, name) is None:
