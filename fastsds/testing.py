@@ -57,6 +57,28 @@ def alphas_cumprod(steps=1000):
     return torch.cumprod(1 - betas, 0).float()
 
 
+def held_for_backward(run, *modules):
+    """Bytes that autograd holds when run() has returned: distinct storages, those of the modules' weights excluded.
+
+    What is held elsewhere than through `save_for_backward` (an attribute of a ctx) is not seen. Under FakeTensorMode the
+    bytes are those that a real run would hold.
+    """
+    weights = {v.untyped_storage()._cdata for m in modules for v in (*m.parameters(), *m.buffers())}
+    held = {}  # the storages themselves, so that no address is used twice
+
+    def pack(v):
+        storage = v.untyped_storage()
+        if storage._cdata not in weights:
+            held[storage._cdata] = storage
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        result = run()
+    size = sum(storage.nbytes() for storage in held.values())
+    del result
+    return size
+
+
 def devices():
     """pytest parameters: "cpu", and "cuda" under the marker `gpu`, skipped with its reason where there is none."""
     import pytest

@@ -1,0 +1,282 @@
+"""Make a frozen UNet faster and leaner, in place, and undo it.
+
+    unet = UNet2DConditionModel.from_pretrained(...).requires_grad_(False)
+    acceleration = accelerate_unet(unet)
+    print(acceleration)                     # what was replaced and why, what was left alone and why
+    ...
+    acceleration.undo()                     # the UNet of before, bit for bit
+
+No weight is copied or renamed: the state dict has the same keys and values all the time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import checkpoint as checkpointing
+
+from fastsds.kernels.layer_norm import MAX_ROW
+
+COMPILE = {None: None, "default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # graphs: `cuda_graph` says
+MEMORY_FORMATS = (None, "channels_last")
+FUSED = ("norms", "gates", "convolutions", "remade_gates")
+# Making a gate's input again takes 2 C operations an element for 4 bytes (bf16) less of traffic and, above all, of memory:
+# worth it where rows are many and narrow. SD 1.x and 2.x: C = 320 alone, 2 % of a forward and backward pass.
+NARROW = 512
+
+
+class Change(NamedTuple):
+    """What was done to modules of a kind, or why it was not."""
+
+    done: bool
+    what: str
+    why: str
+    modules: tuple[str, ...]
+
+    def __str__(self):
+        where = "" if self.done or not self.modules else f" ({', '.join(self.modules[:2])}{', ...' * (len(self.modules) > 2)})"
+        return (f"{len(self.modules)} x " if self.modules else "") + f"{self.what}: {self.why}{where}"
+
+
+class Acceleration:
+    """What `accelerate_unet` did to a UNet. `str` of it says so in a few lines; also a context manager that undoes it.
+
+    changes: list of `Change`. attention: the choices of `teacher.attention.attach`.
+    """
+
+    def __init__(self, unet):
+        self.unet, self.attention, self._undo = unet, [], []
+        self._changes: dict[tuple[bool, str, str], list[str]] = {}
+
+    @property
+    def changes(self) -> list[Change]:
+        return [Change(*key, tuple(names)) for key, names in self._changes.items()]
+
+    def undo(self) -> None:
+        """Bring back the UNet of before, bit for bit. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.undo()
+
+    def __str__(self):
+        done, left = ([f"  {c}" for c in self.changes if c.done is is_done] for is_done in (True, False))
+        lines = ["replaced:", *done, *(f"  {c}" for c in self.attention)]
+        return "\n".join(lines + (["left alone:", *left] if left else []))
+
+    def _note(self, done, what, why, *names):
+        self._changes.setdefault((done, what, why), []).extend(names)
+
+    def _set(self, owner, name, value):
+        """owner.name = value, to be undone."""
+        had = name == "__class__" or name in vars(owner)
+        before = functools.partial(setattr, owner, name, getattr(owner, name)) if had else functools.partial(delattr, owner, name)
+        self._undo.append(before)
+        setattr(owner, name, value)
+
+
+def accelerate_unet(
+    unet: nn.Module,
+    *,
+    attention: str | None = "auto",
+    fused: bool | tuple[str, ...] = True,
+    memory_format: str | None = "channels_last",
+    compile: str | None = None,
+    cuda_graph: bool = False,
+    checkpoint: bool = False,
+) -> Acceleration:
+    """Replace, in place, the parts of a frozen diffusers UNet that can be faster or keep less for the backward pass.
+
+    Args:
+        unet: a `UNet2DConditionModel`, none of whose parameters requires a gradient, on the device and in the dtype that it
+            will run in. A gradient flows to latents and text as before.
+        attention: "auto", a backend's name, or None to leave the processors alone: see `teacher.attention.attach`.
+        fused: GroupNorm + SiLU, LayerNorm and GEGLU by `fastsds.ops`; convolutions that do not keep their input; narrow
+            gates that keep the input of their projection and make it again. A tuple of some of `FUSED` takes those alone.
+        memory_format: of the convolutions' weights, and so of what they put out; None leaves it.
+        compile: "default" or "max-autotune", the mode of `torch.compile`; compiled at the first call, once for each shape.
+        cuda_graph: record each shape's forward and backward pass at its first call and replay it afterwards.
+        checkpoint: keep the inputs of blocks (resnets, transformer blocks) alone, and run each again in the backward pass:
+            a third more time.
+    Returns: an Acceleration: what was replaced, what was left alone, and why; `undo()`.
+    Raises: ValueError for a parameter that requires a gradient, an unknown value, and a UNet that is accelerated already.
+    Numerics: the fused ops compute in fp32 and round once; convolutions and their gradients have torch's own bits.
+    """
+    from diffusers import UNet2DConditionModel
+
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"unet: a diffusers UNet2DConditionModel expected, got {type(unet).__name__}")
+    if "_acceleration" in vars(unet):
+        raise ValueError("unet: accelerated already; undo() that first")
+    for name, parameter in unet.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(f"unet: parameter {name} requires a gradient; unet.requires_grad_(False) freezes it")
+    parts = FUSED if fused is True else () if fused is False else fused
+    if not isinstance(parts, tuple) or any(part not in FUSED for part in parts):
+        raise ValueError(f"fused: True, False or a tuple of some of {', '.join(map(repr, FUSED))} expected, got {fused!r}")
+    for name, value, allowed in (
+        ("memory_format", memory_format, MEMORY_FORMATS),
+        ("compile", compile, COMPILE),
+        ("cuda_graph", cuda_graph, (False, True)),
+        ("checkpoint", checkpoint, (False, True)),
+    ):
+        if not any(value is a for a in allowed) and not (isinstance(value, str) and value in allowed):
+            raise ValueError(f"{name}: one of {', '.join(map(repr, allowed))} expected, got {value!r}")
+
+    done = Acceleration(unet)
+    done._set(unet, "_acceleration", True)
+    try:
+        if attention is not None:
+            from fastsds.teacher.attention import attach
+
+            done.attention, undo = attach(unet, attention)
+            done._undo.append(undo)
+        _fuse(done, set(parts) - ({"remade_gates"} if checkpoint else set()))
+        if memory_format:
+            _channels_last(done)
+        if checkpoint:
+            _checkpoint(done)
+        if compile:
+            done._set(unet, "forward", torch.compile(unet.forward, mode=COMPILE[compile], dynamic=False))
+            done._note(True, "the forward pass", f"compiled, {compile}")
+        if cuda_graph and unet.device.type == "cuda":
+            from fastsds.teacher.graphs import Graphs
+
+            done._set(unet, "forward", Graphs(unet))
+            done._note(True, "forward and backward pass", "recorded at the first call of a shape, then replayed")
+        elif cuda_graph:
+            done._note(False, "CUDA graphs", f"no CUDA device: the UNet is on the {unet.device}")
+    except BaseException:
+        done.undo()
+        raise
+    return done
+
+
+def _fuse(done, parts):
+    """Give each layer that has a leaner twin its class. A plan's rows are (name, module, twin or None, why)."""
+    unet, rows = done.unet, []
+    if "norms" in parts:
+        rows += _plan_norms(unet)
+    if parts & {"gates", "remade_gates"}:
+        rows += _plan_gates(unet, parts)
+    if "convolutions" in parts:
+        rows += _plan_convolutions(unet)
+    for name, module, twin, why in rows:
+        done._note(twin is not None, (twin or type(module)).__name__, why, name)
+        if twin is not None:
+            done._set(module, "__class__", twin)
+
+
+def _plan_norms(unet):
+    from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    from fastsds.teacher import frozen
+
+    once, in_block, alone = "keeps one tensor instead of two", set(), set()
+    for name, module in unet.named_modules():
+        if isinstance(module, (ResnetBlock2D, ResnetBlockCondNorm2D)):
+            reason = _foreign_resnet(module)
+            in_block |= {module.norm1, module.norm2}
+            yield name, module, None if reason else frozen.FusedResnetBlock2D, reason or f"SiLU in its norms: {once}"
+        elif isinstance(module, Transformer2DModel):
+            alone.add(module.norm)
+    if _affine(unet.conv_norm_out) and type(unet.conv_act) is nn.SiLU:
+        in_block.add(unet.conv_norm_out)
+        yield "conv_norm_out", unet.conv_norm_out, frozen.FusedGroupNormSiLU, f"with the SiLU behind it: {once}"
+        yield "conv_act", unet.conv_act, frozen.PassedSiLU, "in the norm before it"
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.GroupNorm) and module not in in_block:
+            fits = _affine(module) and module in alone
+            yield name, module, frozen.FusedGroupNorm if fits else None, "one kernel" if fits else "not one of those we know"
+        elif isinstance(module, nn.LayerNorm):
+            fits = type(module) is nn.LayerNorm and module.bias is not None and module.weight.ndim == 1
+            fits = fits and len(module.weight) <= MAX_ROW
+            why = "one kernel" if fits else f"weight and bias of one axis, at most {MAX_ROW} long, expected"
+            yield name, module, frozen.FusedLayerNorm if fits else None, why
+
+
+def _affine(norm):
+    return type(norm) is nn.GroupNorm and norm.affine
+
+
+def _foreign_resnet(module) -> str | None:
+    """Why a resnet block is not one of those that we compute."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    if type(module) is not ResnetBlock2D:
+        return "its norms depend on the time step"
+    if module.time_embedding_norm != "default":
+        return f"time_embedding_norm {module.time_embedding_norm!r} stands between norm and activation"
+    if type(module.nonlinearity) is not nn.SiLU:
+        return f"{type(module.nonlinearity).__name__}, not SiLU"
+    if not (_affine(module.norm1) and _affine(module.norm2)):
+        return "norms other than GroupNorm with weight and bias"
+    return None
+
+
+def _plan_gates(unet, parts):
+    from diffusers.models.activations import GEGLU
+
+    from fastsds.teacher import frozen
+
+    for name, module in unet.named_modules():
+        if not isinstance(module, GEGLU):
+            continue
+        width = module.proj.in_features
+        if type(module) is not GEGLU or type(module.proj) is not nn.Linear:
+            yield name, module, None, f"a {type(module).__name__} of {type(module.proj).__name__}"
+        elif "remade_gates" in parts and width <= NARROW:
+            yield name, module, frozen.RemadeGEGLU, f"rows of {width}: keeps an eighth and makes its product again"
+        elif "gates" in parts:
+            yield name, module, frozen.FusedGEGLU, "keeps two thirds"
+
+
+def _plan_convolutions(unet):
+    from fastsds.teacher import frozen
+
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fits = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            why = "does not keep its input" if fits else "not a plain convolution with a given padding of zeros"
+            yield name, module, frozen.FrozenConv2d if fits else None, why
+
+
+def _channels_last(done):
+    """Lay out the convolutions' weights, which is what cuDNN and oneDNN lay out results by."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    from fastsds.teacher import frozen
+
+    for name, parameter in done.unet.named_parameters():
+        if parameter.ndim == 4:
+            done._undo.append(functools.partial(_lay_out, parameter, parameter.stride()))
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            done._note(True, "weights", "channels_last", name)
+    for name, module in done.unet.named_modules():
+        if type(module) is Transformer2DModel and module.is_input_continuous:
+            done._set(module, "__class__", frozen.DenseTransformer2D)
+            done._note(True, "DenseTransformer2D", "its result is not copied to another layout", name)
+
+
+def _lay_out(parameter, strides):
+    old = parameter.data
+    parameter.data = torch.empty_strided(old.shape, strides, dtype=old.dtype, device=old.device).copy_(old)
+
+
+def _checkpoint(done):
+    for name, module in done.unet.named_modules():
+        if hasattr(module, "gradient_checkpointing"):
+            done._set(module, "_gradient_checkpointing_func", _run_again)
+            done._set(module, "gradient_checkpointing", True)
+            done._note(True, "checkpoints", "keep the inputs of blocks alone", name)
+
+
+def _run_again(module, *args):
+    """What diffusers calls for a block. The generator's state is read, a wait for the device, only where dropout may draw."""
+    return checkpointing.checkpoint(module, *args, use_reentrant=False, preserve_rng_state=module.training)
