@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsds import reference
+from fastsds import ops, reference
+from fastsds.kernels import launch
 from fastsds.testing import TOLERANCE
 
 QUIET_SECONDS = 5.0  # a probe shows nothing before, and a line about as often after
@@ -149,6 +150,7 @@ BACKENDS: dict[str, Backend] = {
     "efficient": Backend(_sdpa(SDPBackend.EFFICIENT_ATTENTION)),
     "xformers_fa2": Backend(_xformers("flash")),
     "xformers_cutlass": Backend(_xformers("cutlass")),
+    "fastsds": Backend(ops.attention, ("cuda", "cpu") if launch.INTERPRETED else ("cuda",), (40,)),
     "math": Backend(_sdpa(SDPBackend.MATH), ("cuda", "cpu")),
 }
 
