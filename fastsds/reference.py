@@ -288,3 +288,23 @@ def geglu_gradient(g, x):
 
 def _phi(q):
     return 0.5 * torch.special.erfc(-q * math.sqrt(0.5))
+
+
+# -- attention: gradients of all three inputs --------------------------------------------------------------------------
+
+
+def attention(q, k, v, scale):
+    """(softmax(scale q k^T) v, log2 of the sum of exp(scale q k^T)): [B, H, L, D] in q's dtype, [B, H, L] unrounded."""
+    dtype = compute_dtype(q, k, v)
+    scores = scale * (q.to(dtype) @ k.to(dtype).mT)
+    lse = scores.logsumexp(-1)
+    return (torch.exp(scores - lse[..., None]) @ v.to(dtype)).to(q.dtype), lse * math.log2(math.e)
+
+
+def attention_gradient(g, q, k, v, out, lse, scale):
+    """The gradients of q, k and v for the upstream gradient g, each in its tensor's dtype."""
+    dtype = compute_dtype(q, k, v)
+    g, q_, k_, v_ = (x.to(dtype) for x in (g, q, k, v))
+    p = torch.exp2(scale * math.log2(math.e) * (q_ @ k_.mT) - lse[..., None])
+    ds = scale * p * (g @ v_.mT - (g * out.to(dtype)).sum(-1, keepdim=True))
+    return (ds @ k_).to(q.dtype), (ds.mT @ q_).to(k.dtype), (p.mT @ g).to(v.dtype)

@@ -121,7 +121,7 @@ def compile_only(arch):
     kernels = []
 
     def compile_kernel(kernel, programs, *args, block, **constants):
-        kernels.append(kernel.warmup(*args, grid=(programs,), **launch.options(block), **constants))
+        kernels.append(kernel.warmup(*args, grid=(programs,), **launch.options(block, **constants)))
 
     with (
         mock.patch.object(launch, "launch", compile_kernel),

@@ -30,9 +30,10 @@ def define(name, launcher, reference, fake, schema=None):
     return op
 
 
-def options(block):
-    """How every kernel is compiled. Multiplies are never fused with adds: the same bits on every device."""
-    return dict(BLOCK=block, num_warps=max(1, block // PER_WARP), enable_fp_fusion=False)
+def options(block, **constants):
+    """How a kernel is compiled, unless `constants` say otherwise. Multiplies are never fused with adds: the same bits on
+    every device."""
+    return dict(BLOCK=block, num_warps=max(1, block // PER_WARP), enable_fp_fusion=False) | constants
 
 
 def launch(kernel, programs, *args, block, **constants):
@@ -43,7 +44,7 @@ def launch(kernel, programs, *args, block, **constants):
     launches[kernel.fn.__name__] += 1
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, **options(block), **constants)
+        kernel[(programs,)](*args, **options(block, **constants))
 
 
 def block_size(n):
