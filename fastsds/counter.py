@@ -35,8 +35,9 @@ def draw(purpose, visit):
     purpose = _integer(purpose, "purpose", 0, 1 << 4, "an int in [0, 16)")
     if isinstance(visit, torch.Tensor):
         _integers(visit, "visit")
+        visit = visit.to(torch.int64)
         _check_range(visit, "visit", 1 << 28)
-        return visit.to(torch.int64) + (purpose << 28)
+        return visit + (purpose << 28)
     return purpose << 28 | _integer(visit, "visit", 0, 1 << 28, "an int in [0, 2^28) or an int64 tensor [B]")
 
 
@@ -83,8 +84,9 @@ class Noise:
             raise ValueError(f"draw: shape [1] or [{len(ids)}] expected to match sample_ids, got {tuple(value.shape)}")
         if value.device != ids.device:
             raise ValueError(f"draw: on {value.device}, sample_ids on {ids.device}")
+        value = value.to(torch.int64).contiguous()
         _check_range(value, "draw", 1 << 32)
-        object.__setattr__(self, "draw", value.to(torch.int64).contiguous())
+        object.__setattr__(self, "draw", value)
 
     def __len__(self):
         return len(self.sample_ids)
@@ -95,12 +97,14 @@ class Noise:
 
     def normal(self, shape):
         """Return standard normals, fp32 [B, *shape]: the noise of samples of that shape. Writes 4 bytes an element."""
-        shape = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
+        shape = shape if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
+        shape = [_integer(size, "shape", 1, 1 << 31, "ints in [1, 2^31)") for size in shape]
         flat = philox.normal(self.seed, self.draw, self.sample_ids, math.prod(shape))
         return flat.view(len(self), *shape)
 
     def words(self, n):
         """Return the first n raw words of each sample, int64 [B, n] in [0, 2^32)."""
+        n = _integer(n, "n", 1, 1 << 31, "an int in [1, 2^31)")
         return philox.words(self.seed, self.draw, self.sample_ids, n)
 
     def uniform(self, n):
@@ -109,6 +113,7 @@ class Noise:
 
     def randint(self, low, high):
         """Return one integer a sample, int64 [B] in [low, high): low + (word * (high - low) >> 32)."""
+        low, high = (_integer(v, k, -(1 << 62), 1 << 62, "an int") for v, k in ((low, "low"), (high, "high")))
         if not 0 < high - low <= 1 << 31:
             raise ValueError(f"randint: low < high <= low + 2^31 expected, got low={low}, high={high}")
         return low + (self.words(1)[:, 0] * (high - low) >> 32)

@@ -322,6 +322,8 @@ def dmd_loss(
         w = _inverse_mean(sums, x, norm, arguments.number(eps, "eps", 0), floor).expand(len(x))
     if scale is not None:
         if isinstance(scale, torch.Tensor):
+            if not scale.is_floating_point():
+                raise ValueError(f"scale: a number or a float tensor expected, got {scale.dtype}")
             scale = arguments.left_aligned(scale.detach().to(dtype), x, "scale")
             lead = arguments.lead_axes(scale)
             w = arguments.rows(arguments.left_aligned(w, x, "w"), x, lead) * arguments.rows(scale, x, lead)

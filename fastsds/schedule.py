@@ -51,6 +51,8 @@ def alpha_sigma(schedule, t, like):
     table = schedule if isinstance(schedule, torch.Tensor) else getattr(schedule, "alphas_cumprod", None)
     if table is None:
         return _flow(schedule, t, like, dtype)
+    if not isinstance(table, torch.Tensor):
+        raise ValueError(f"schedule: alphas_cumprod must be a tensor, got {type(table).__name__}")
     _check_factor(table, "schedule", like)
     if table.ndim != 1:
         raise ValueError(f"schedule: expected a 1-D alpha-bar tensor, got shape {tuple(table.shape)}")
@@ -73,7 +75,7 @@ def alpha_sigma(schedule, t, like):
 
 def prediction_type(name, argument="prediction_type"):
     """Return the full name of a prediction type; ValueError if it is none."""
-    name = ALIASES.get(name, name)
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in PREDICTION_TYPES:
         known = ", ".join(map(repr, (*PREDICTION_TYPES, *ALIASES)))
         raise ValueError(f"{argument}: one of {known} expected, got {name!r}")
@@ -237,7 +239,8 @@ def _euler(scheduler, table, t, like):
 
 def _flow(schedule, t, like, dtype):
     """sigma = t / num_train_timesteps, a flow-matching scheduler's own relation between the two; or t itself."""
-    if schedule == "flow":
+    sigmas = isinstance(schedule, str) and schedule == "flow"
+    if sigmas:
         steps = 1
     else:
         steps = getattr(getattr(schedule, "config", None), "num_train_timesteps", None)
@@ -254,7 +257,7 @@ def _flow(schedule, t, like, dtype):
                     'give "flow" with t = sigma'
                 )
     t = _timesteps(t, like)
-    if schedule == "flow" and not t.is_floating_point():
+    if sigmas and not t.is_floating_point():
         raise ValueError(f't: "flow" takes sigma itself, a float, got {t.dtype}; a flow-matching scheduler takes timesteps')
     if t.dtype in HALF:
         raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")

@@ -152,6 +152,7 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.dmd_loss(X, X, X, mask=torch.ones(2)), "mask: a bool tensor expected, got torch.float32"),
         (lambda: ops.dmd_loss(X, X, X, mask=torch.ones(3).bool()), r"mask: shape \(3,\)"),
         (lambda: ops.dmd_loss(X, X, X, scale=torch.ones(3)), r"scale: shape \(3,\)"),
+        (lambda: ops.dmd_loss(X, X, X, scale=torch.ones(2).cfloat()), "scale: a number or a float tensor expected"),
         (lambda: ops.dmd_loss(X, X, X, value="energy"), "value: one of 'target', 'dot'"),
         (lambda: ops.inject_grad(X, X[0]), "grad: shape"),
         (lambda: ops.inject_grad(X, X, value="zero"), "value: one of"),

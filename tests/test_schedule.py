@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -120,6 +121,8 @@ def test_pairs():
         (ABAR, T[:2], "leading axes"),
         ((1.0, 2.0, 3.0), T, "has 2 entries, this one has 3"),
         ((torch.ones(2), 1.0), T, "alpha: shape"),
+        (ABAR.numpy(), T, "ndarray has neither"),
+        (SimpleNamespace(alphas_cumprod=ABAR.numpy()), T, "alphas_cumprod must be a tensor, got ndarray"),
         (object(), T, "neither alphas_cumprod nor scale_noise"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), T.half(), "half precision moves timesteps"),
     ),

@@ -552,6 +552,7 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.sds_loss(X, X, X[:, :1], 0, ABAR), "ref: shape"),
         (lambda: ops.sds_loss(X, X, None, 0, ABAR), "ref: a tensor or a Noise"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="noise"), "prediction_type: one of 'epsilon'"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type=["v"]), "prediction_type: one of 'epsilon'"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="sample"), "x_t: required"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, x_t=5, prediction_type="sample"), "x_t: a tensor .* got int"),
         (lambda: ops.denoising_loss(X, X, 0.5 * torch.ones(2).requires_grad_(), "flow"), "t: a constant here"),
