@@ -67,7 +67,7 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
         raise ValueError("generator: used only when noise is None")
     eps, seed, draws, ids = arguments.split(noise, x0, "noise")
     alpha, sigma, _ = arguments.levels(t, schedule, x0, reference.compute_dtype(x0, eps))
-    return _noise.add_noise(x0, eps, alpha, sigma, seed, draws, ids), eps
+    return _noise.add_noise(x0, eps, alpha, sigma, seed, draws, ids), None if eps is None else noise
 
 
 def guide(pred, scale, order="uncond_first", form="uncond"):
@@ -294,7 +294,7 @@ def dmd_loss(
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic, float64 for float64 inputs; one rounding. Where x equals x0_real, n is the smallest normal
         number rather than 0.
-    Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient.
+    Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient. A mask copies all three.
     Source: Yin et al. 2024 (DMD, arXiv 2311.18828), equations 7 and 8.
     """
     arguments.sample(x, "x")
@@ -375,7 +375,7 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
     Returns: L, fp32 (float64 for float64 inputs); the upstream gradient is honoured, no gradient flows into grad.
     Raises: ValueError naming the argument.
     Numerics: one rounding to x's dtype, upstream gradient and denominator included.
-    Cost: forward reads grad (and x for "dot"), backward reads grad and writes the gradient.
+    Cost: forward reads grad (and x for "dot"), backward reads grad and writes the gradient. A mask copies what is read.
     """
     arguments.sample(x, "x")
     arguments.matching(grad, x, "grad")

@@ -239,8 +239,8 @@ def _euler(scheduler, table, t, like):
 
 def _flow(schedule, t, like, dtype):
     """sigma = t / num_train_timesteps, a flow-matching scheduler's own relation between the two; or t itself."""
-    sigmas = isinstance(schedule, str) and schedule == "flow"
-    if sigmas:
+    by_sigma = isinstance(schedule, str) and schedule == "flow"
+    if by_sigma:
         steps = 1
     else:
         steps = getattr(getattr(schedule, "config", None), "num_train_timesteps", None)
@@ -249,18 +249,25 @@ def _flow(schedule, t, like, dtype):
                 f"schedule: {type(schedule).__name__} has neither alphas_cumprod nor scale_noise over num_train_timesteps; "
                 'give an alpha-bar tensor, a diffusers scheduler, "flow" or an (alpha, sigma) pair'
             )
-        tables = [getattr(schedule, name, None) for name in ("timesteps", "sigmas")]
-        if all(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in tables) and not torch.compiler.is_compiling():
-            if not torch.allclose(tables[0].double() / steps, tables[1][: len(tables[0])].double(), atol=1e-5):
-                raise ValueError(
-                    f"schedule: {type(schedule).__name__}'s sigmas are not its timesteps / {steps}: both were set by hand; "
-                    'give "flow" with t = sigma'
-                )
+        _check_tables(schedule, steps)
     t = _timesteps(t, like)
-    if sigmas and not t.is_floating_point():
+    if by_sigma and not t.is_floating_point():
         raise ValueError(f't: "flow" takes sigma itself, a float, got {t.dtype}; a flow-matching scheduler takes timesteps')
     if t.dtype in HALF:
         raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
     _check_range(t, 0, steps)
     sigma = t.to(like.device, dtype, non_blocking=True) / steps
     return 1 - sigma, sigma
+
+
+def _check_tables(scheduler, steps):
+    """A flow-matching scheduler's sigmas are its timesteps / steps, unless both were set by hand; as `_check_range`."""
+    timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+    if torch.compiler.is_compiling() or not all(isinstance(v, torch.Tensor) and v.is_cpu for v in (timesteps, sigmas)):
+        return
+    n = min(len(timesteps), len(sigmas))
+    if n and (timesteps[:n] - steps * sigmas[:n]).abs().max() > 1e-5 * steps:
+        raise ValueError(
+            f"schedule: {type(scheduler).__name__}'s sigmas are not its timesteps / {steps}: they were set by hand; "
+            'give "flow" with t = sigma'
+        )

@@ -131,6 +131,9 @@ def test_levels_made_in_inference_mode():
         ops.add_noise(x0, t, schedule, noise)[0].backward(g)
         ops.denoising_loss(noise, stream(2), t, schedule).backward()
     assert torch.equal(x0.grad, levels[0].view(2, 1, 1, 1) * g)
+    with torch.inference_mode():
+        made = eps.clone()
+    assert ops.add_noise(x0, t, ABAR, made)[1] is made
 
 
 def test_float64_stays_float64():

@@ -294,6 +294,20 @@ def test_predictions_made_under_inference_mode():
         assert x0.grad.any()
 
 
+def test_inference_tensors_under_compile():
+    """A compiled graph cannot ask what its input is: autograd's error says to clone it, and a clone serves."""
+    x, *_, t = sample((2, 3, 4, 4))
+    x.requires_grad_()
+    with torch.inference_mode():
+        pred = torch.randn(2, 3, 4, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, pred: ops.sds_loss(x, pred, stream(2), t, ABAR), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward.*clone"):
+        compiled(x, pred)
+    graph, plain = (torch.autograd.grad(f(x, pred.clone()), x)[0] for f in (compiled, compiled._torchdynamo_orig_callable))
+    assert torch.equal(plain, graph)
+
+
 def test_the_noise_is_never_stored():
     """What forward keeps for backward is pred and vectors over the batch; no tensor of noise, no residual, no gradient."""
     x, pred, _, _, t = sample((2, 4, 16, 16))
