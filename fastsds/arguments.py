@@ -3,10 +3,13 @@
 A row is a sample, or a frame of one where timesteps, weights or a mask say so: lead axes of the sample, R rows in all.
 """
 
+import functools
 import math
 import numbers
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from fastsds.counter import Noise
 from fastsds.kernels import launch
@@ -17,6 +20,20 @@ WEIGHTINGS = ("uniform", "sigma2", "alpha_sigma2", "inverse_snr_root", "snr", "m
 ORDERS = ("uncond_first", "cond_first")
 FORMS = ("uncond", "cond", "cond_minus_one")
 TINY = torch.finfo(torch.float32).tiny
+
+
+def reverse_only(function):
+    """Refuse tangents: torch's custom ops would drop them, and forward mode be zero without a word."""
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        if forward_ad._current_level >= 0:
+            for v in pytree.tree_leaves((args, kwargs)):
+                if isinstance(v, torch.Tensor) and forward_ad.unpack_dual(v).tangent is not None:
+                    raise NotImplementedError(f"{function.__name__}: reverse mode only; forward-mode AD (jvp) is not supported")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def choice(value, allowed, name):
@@ -64,7 +81,8 @@ def split(noise, x, name):
 
 
 def savable(v):
-    """Autograd refuses to save inference tensors: clone those, and only those."""
+    """Autograd refuses to save inference tensors: clone those, and only those. A compiled graph cannot ask whether an input
+    is one; autograd's own error then says so."""
     if v is None or torch.compiler.is_compiling() or not v.is_inference() or torch.is_inference_mode_enabled():
         return v
     return v.clone()
@@ -131,7 +149,7 @@ def levels(t, schedule, x, dtype, weighting=None):
     lead = lead_axes(*varying)
     if lead == x.ndim > 1:
         raise ValueError(f"t, weighting: one a sample or frame expected, got one for every element of {tuple(x.shape)}")
-    return rows(alpha, x, lead), rows(sigma, x, lead), lead
+    return savable(rows(alpha, x, lead)), savable(rows(sigma, x, lead)), lead
 
 
 def weights(weighting, alpha, sigma, x, lead, prediction_type="epsilon"):

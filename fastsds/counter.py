@@ -3,6 +3,8 @@
 import dataclasses
 import enum
 import math
+import numbers
+import operator
 
 import torch
 
@@ -30,17 +32,13 @@ def draw(purpose, visit):
             one visit a sample (then a tensor comes back).
     Raises: ValueError if either is out of range.
     """
-    purpose = int(purpose)
-    if not 0 <= purpose < 16:
-        raise ValueError(f"purpose: an int in [0, 16) expected, got {purpose}")
+    purpose = _integer(purpose, "purpose", 0, 1 << 4, "an int in [0, 16)")
     if isinstance(visit, torch.Tensor):
         _integers(visit, "visit")
+        visit = visit.to(torch.int64)
         _check_range(visit, "visit", 1 << 28)
-        return visit.to(torch.int64) + (purpose << 28)
-    visit = int(visit)
-    if not 0 <= visit < 1 << 28:
-        raise ValueError(f"visit: an int in [0, 2^28) expected, got {visit}")
-    return purpose << 28 | visit
+        return visit + (purpose << 28)
+    return purpose << 28 | _integer(visit, "visit", 0, 1 << 28, "an int in [0, 2^28) or an int64 tensor [B]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,28 +64,29 @@ class Noise:
     sample_ids: "torch.Tensor | list[int]"
 
     def __post_init__(self):
-        seed, ids = self.seed, self.sample_ids
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"seed: an int in [-2^63, 2^64) expected, got {seed!r}")
+        seed, ids = _integer(self.seed, "seed", -(1 << 63), 1 << 64, "an int in [-2^63, 2^64)"), self.sample_ids
         object.__setattr__(self, "seed", seed - (1 << 64) if seed >= 1 << 63 else seed)
         if not isinstance(ids, torch.Tensor):
-            ids = torch.tensor(ids, dtype=torch.int64)
+            try:
+                ids = torch.tensor(ids) if len(ids) else torch.zeros(0, dtype=torch.int64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"sample_ids: [B] integers of 64 bits expected, got {ids!r}") from error
         _integers(ids, "sample_ids")
         if ids.ndim != 1:
             raise ValueError(f"sample_ids: shape [B] expected, got {tuple(ids.shape)}")
         object.__setattr__(self, "sample_ids", ids.to(torch.int64).contiguous())
         value = self.draw
         if not isinstance(value, torch.Tensor):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
-                raise ValueError(f"draw: an int in [0, 2^32) or a tensor [B] expected, got {value!r}")
-            value = torch.full((1,), int(value), dtype=torch.int64, device=ids.device)
+            value = _integer(value, "draw", 0, 1 << 32, "an int in [0, 2^32) or a tensor [B]")
+            value = torch.full((1,), value, dtype=torch.int64, device=ids.device)
         _integers(value, "draw")
         if value.shape not in ((1,), ids.shape):
             raise ValueError(f"draw: shape [1] or [{len(ids)}] expected to match sample_ids, got {tuple(value.shape)}")
         if value.device != ids.device:
             raise ValueError(f"draw: on {value.device}, sample_ids on {ids.device}")
+        value = value.to(torch.int64).contiguous()
         _check_range(value, "draw", 1 << 32)
-        object.__setattr__(self, "draw", value.to(torch.int64).contiguous())
+        object.__setattr__(self, "draw", value)
 
     def __len__(self):
         return len(self.sample_ids)
@@ -98,12 +97,14 @@ class Noise:
 
     def normal(self, shape):
         """Return standard normals, fp32 [B, *shape]: the noise of samples of that shape. Writes 4 bytes an element."""
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = shape if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
+        shape = [_integer(size, "shape", 1, 1 << 31, "ints in [1, 2^31)") for size in shape]
         flat = philox.normal(self.seed, self.draw, self.sample_ids, math.prod(shape))
         return flat.view(len(self), *shape)
 
     def words(self, n):
         """Return the first n raw words of each sample, int64 [B, n] in [0, 2^32)."""
+        n = _integer(n, "n", 1, 1 << 31, "an int in [1, 2^31)")
         return philox.words(self.seed, self.draw, self.sample_ids, n)
 
     def uniform(self, n):
@@ -112,9 +113,18 @@ class Noise:
 
     def randint(self, low, high):
         """Return one integer a sample, int64 [B] in [low, high): low + (word * (high - low) >> 32)."""
+        low, high = (_integer(v, k, -(1 << 62), 1 << 62, "an int") for v, k in ((low, "low"), (high, "high")))
         if not 0 < high - low <= 1 << 31:
             raise ValueError(f"randint: low < high <= low + 2^31 expected, got low={low}, high={high}")
         return low + (self.words(1)[:, 0] * (high - low) >> 32)
+
+
+def _integer(v, name, low, high, expected):
+    """v as an int in [low, high); NumPy's integers are integers, too."""
+    ok = isinstance(v, numbers.Integral) and not isinstance(v, bool)
+    if not ok or not low <= operator.index(v) < high:
+        raise ValueError(f"{name}: {expected} expected, got {v!r}")
+    return operator.index(v)
 
 
 def _integers(v, name):

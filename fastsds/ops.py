@@ -10,6 +10,8 @@ on the CPU its twin in `fastsds.reference`; TRITON_INTERPRET=1, set before the f
 """
 
 import math
+import numbers
+import operator
 
 import torch
 
@@ -36,6 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@arguments.reverse_only
 def add_noise(x0, t, schedule, noise=None, *, generator=None):
     """Noise samples to timestep t.
 
@@ -65,7 +68,7 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
         raise ValueError("generator: used only when noise is None")
     eps, seed, draws, ids = arguments.split(noise, x0, "noise")
     alpha, sigma, _ = arguments.levels(t, schedule, x0, reference.compute_dtype(x0, eps))
-    return _noise.add_noise(x0, eps, alpha, sigma, seed, draws, ids), eps
+    return _noise.add_noise(x0, eps, alpha, sigma, seed, draws, ids), None if eps is None else noise
 
 
 def guide(pred, scale, order="uncond_first", form="uncond"):
@@ -76,13 +79,15 @@ def guide(pred, scale, order="uncond_first", form="uncond"):
     Shapes: pred [2B, ...] or a pair of [B, ...]; returns [B, ...].
     Args:
         order: which half comes first, "uncond_first" or "cond_first".
-    Returns: the guided prediction in pred's dtype, differentiable; terms beyond the two are the caller's to add.
+    Returns: the guided prediction in pred's dtype (in that of both, promoted, where a pair's differ), differentiable; terms
+        beyond the two are the caller's to add.
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic from the nearer end, one rounding: scale 0 is u and 1 is c exactly ("cond": -1 and 0).
     Source: Ho and Salimans 2022, equation 6.
     """
     base, other, weight = arguments.guidance(pred, scale, order, form)
-    return reference.guide(base, other, weight, reference.compute_dtype(base, other)).to(base.dtype)
+    dtype = pred.dtype if isinstance(pred, torch.Tensor) else torch.promote_types(*(v.dtype for v in pred))
+    return reference.guide(base, other, weight, reference.compute_dtype(base, other)).to(dtype)
 
 
 def convert(pred, x_t, t, schedule, *, source, target):
@@ -114,12 +119,17 @@ def power(p, q):
     return lambda alpha, sigma: alpha**p * sigma**q
 
 
-def min_snr(gamma, prediction_type="epsilon"):
-    """Return the weighting min(SNR, gamma) of the squared error of x0, in the space of a prediction (Hang et al. 2023)."""
+def min_snr(gamma, prediction_type):
+    """Return the weighting min(SNR, gamma) of the squared error of x0 (Hang et al. 2023).
+
+    Args:
+        prediction_type: the space of the residual it weighs: that of pred in `denoising_loss`, "epsilon" in `sds_loss`.
+    """
     gamma, kind = arguments.number(gamma, "gamma", 0, above=True), _type(prediction_type)
     return lambda alpha, sigma: arguments.min_snr(alpha, sigma, gamma, kind)
 
 
+@arguments.reverse_only
 def denoising_loss(
     pred,
     noise,
@@ -135,7 +145,7 @@ def denoising_loss(
     """Return the weighted squared error of a prediction, with the true gradient.
 
         L = sum_b w_b * sum_i (pred - target)_bi^2 / denominator
-        target = eps | alpha eps - sigma x0 (v_prediction) | x0 (sample) | eps - x0 (flow)
+        target = eps | (alpha eps - sigma x0) / sqrt(alpha^2 + sigma^2) (v_prediction) | x0 (sample) | eps - x0 (flow)
 
     Shapes: pred, x0, x_t and a noise tensor [B, ...], any strides; t as in `add_noise`; L scalar.
     Args:
@@ -143,7 +153,7 @@ def denoising_loss(
         x0, x_t: give one of them for every prediction type but "epsilon"; from x_t, x0 is (x_t - sigma eps) / alpha.
         weighting: w_b: "uniform" 1, "sigma2" sigma^2, "alpha_sigma2" alpha sigma^2, "inverse_snr_root" sigma / alpha, "snr"
             alpha^2 / sigma^2, "min_snr" (gamma 5, in pred's space), a callable (alpha, sigma) -> w such as `power(p, q)` and
-            `min_snr(gamma)`, or a tensor [B], or of t's shape. The arguments of a callable are [R], one value a timestep.
+            `min_snr(gamma, kind)`, or a tensor [B], or of t's shape. The arguments of a callable are [R], one value a timestep.
         reduction: the denominator: "mean" the number of elements, "batch" B, "sum" 1, "spatial" H W, or a number.
     Returns: L, fp32 (float64 for float64 inputs). Differentiable in pred, x0, x_t and a noise tensor, not in w.
     Raises: ValueError naming the argument.
@@ -177,6 +187,7 @@ def denoising_loss(
     return score.denoising_energy(arguments.savable(pred), arguments.savable(y), eps, factors, seed, draws, ids)
 
 
+@arguments.reverse_only
 def sds_loss(
     x0, pred, ref, t, schedule, *, x_t=None, guidance_scale=None, order="uncond_first", form="uncond",
     prediction_type="epsilon", ref_prediction_type="epsilon", weighting="uniform", clip=None, nonfinite="propagate",
@@ -196,8 +207,8 @@ def sds_loss(
         weighting: w_b, as in `denoising_loss` ("min_snr" in the space of epsilon); or "x0_error" 1 / mean|x0 - x0_hat|,
             the mean over each sample, or over the batch ("x0_error_batch").
         clip: bound of |g|. nonfinite: of w (eps_hat - ref), "propagate"; "clamp" NaN to 0 and infinities to the largest
-            number of x0's dtype; "zero" both to 0; "drop_sample" the whole sample to 0; "raise" FloatingPointError (this
-            one reads the result back from the device).
+            number of x0's dtype, which L leaves out; "zero" both to 0; "drop_sample" the whole sample to 0; "raise"
+            FloatingPointError (this one reads the result back from the device, and so cannot be part of a compiled graph).
         reduction: the denominator: "batch" B, "mean" the number of elements, "sum" 1, "spatial" H W, or a number.
         value: what L reports: "energy" 1/2 sum g (eps_hat - ref), "target" 1/2 sum g^2, "dot" sum g x0, each over the
             denominator. The value is not what is minimised: the gradient is.
@@ -207,7 +218,7 @@ def sds_loss(
     Numerics: fp32 arithmetic, one rounding to x0's dtype, upstream gradient included: nothing is lost to x - (x - g).
     Cost: forward reads pred (both halves), backward reads it again and writes the gradient; plus the tensors given. eps of a
         `Noise` is regenerated, never stored. "x0_error" and "drop_sample" read once more. Tensors made under
-        inference_mode are cloned, as autograd cannot save them.
+        inference_mode are cloned, as autograd cannot save them (not inputs of a compiled graph: clone those before it).
     Source: Poole et al. 2022 (DreamFusion), equation 3; Wang et al. 2023 (VSD, arXiv 2305.16213); Yu et al.
         2023 (CSD, arXiv 2310.19415); Hertz et al. 2023 (DDS, arXiv 2304.07090).
     """
@@ -228,8 +239,8 @@ def sds_loss(
         if x_t is None:
             why = f"weighting {weighting!r} compares x0 with x0_hat" if normalised else "only epsilon is compared as it is"
             raise ValueError(f"x_t: required to convert a prediction of type {kind!r} (ref: {ref_kind!r}): {why}")
+        arguments.matching(x_t, x0, "x_t")
         y = arguments.savable(x_t.detach())
-        arguments.matching(y, x0, "x_t")
     eps, seed, draws, ids = arguments.split(ref, x0, "ref")
     if eps is None and ref_kind != "epsilon":
         raise ValueError(f"ref_prediction_type: a Noise is epsilon, got {ref_kind!r}")
@@ -263,6 +274,7 @@ def sds_loss(
     )  # fmt: skip
 
 
+@arguments.reverse_only
 def dmd_loss(
     x, x0_real, x0_fake, *, norm="sample", eps=0.0, floor=None, scale=None, mask=None, nonfinite="propagate",
     reduction="mean", value="target", return_grad=False,
@@ -275,14 +287,15 @@ def dmd_loss(
     Args:
         norm: the mean over each sample ("sample"), over the batch ("batch"), or n = 1 (None).
         scale: a number, or a tensor [B] or [B, F]. mask: bool, [B], [B, F] or any shape that broadcasts from the left: False
-            takes no gradient, and "mean" divides by the elements kept.
+            takes no gradient, and "mean" divides by the elements kept. The norm is over all elements, as Self-Forcing has it;
+            a masked element that is not finite counts as |x - x0_real| = 0 there. So what is not finite and masked is harmless.
         nonfinite: "propagate", "clamp" or "zero", as in `sds_loss`.
         reduction: the denominator, as in `sds_loss`. value: "target" 1/2 sum g^2, "dot" sum g x, each over the denominator.
     Returns: L, or (L, gradient in x's dtype). No gradient flows into x0_real and x0_fake.
     Raises: ValueError naming the argument.
     Numerics: fp32 arithmetic, float64 for float64 inputs; one rounding. Where x equals x0_real, n is the smallest normal
         number rather than 0.
-    Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient.
+    Cost: reads x0_real twice, x and x0_fake once; backward reads both again and writes the gradient. A mask copies all three.
     Source: Yin et al. 2024 (DMD, arXiv 2311.18828), equations 7 and 8.
     """
     arguments.sample(x, "x")
@@ -293,32 +306,37 @@ def dmd_loss(
     arguments.choice(nonfinite, ("propagate", "clamp", "zero"), "nonfinite")
     arguments.choice(value, ("target", "dot"), "value")
     clean, real, fake = (arguments.savable(v.detach()) for v in (x, x0_real, x0_fake))
-    dtype = reference.compute_dtype(x, real, fake)
+    dtype, count = reference.compute_dtype(x, real, fake), arguments.denominator(reduction, x)
+    against = real
+    if mask is not None:
+        kept = _mask(mask, x)
+        seen = kept | (clean.isfinite() & real.isfinite())
+        clean, against = (torch.where(seen, v, 0.0) for v in (clean, real))
+        real, fake = (torch.where(kept, v, 0.0) for v in (real, fake))
+        x, count = _kept(x, kept, value, count, reduction)
     w = torch.ones(len(x), dtype=dtype, device=x.device)
     if norm is not None:
         one = torch.ones_like(w)
         factors = torch.stack([one, torch.zeros_like(w), one, one])
-        sums = score.sample_sums(clean, None, None, real, factors, 0, None, None, 0.0, True)
+        sums = score.sample_sums(clean, None, None, against, factors, 0, None, None, 0.0, True)
         floor = 0.0 if floor is None else arguments.number(floor, "floor", 0)
         w = _inverse_mean(sums, x, norm, arguments.number(eps, "eps", 0), floor).expand(len(x))
     if scale is not None:
         if isinstance(scale, torch.Tensor):
+            if not scale.is_floating_point():
+                raise ValueError(f"scale: a number or a float tensor expected, got {scale.dtype}")
             scale = arguments.left_aligned(scale.detach().to(dtype), x, "scale")
             lead = arguments.lead_axes(scale)
             w = arguments.rows(arguments.left_aligned(w, x, "w"), x, lead) * arguments.rows(scale, x, lead)
         else:
             w = w * arguments.number(scale, "scale")
-    count = arguments.denominator(reduction, x)
-    if mask is not None:
-        kept = _mask(mask, x)
-        real, fake = (torch.where(kept, v, 0.0) for v in (real, fake))
-        count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
     factors = torch.stack([torch.ones_like(w), torch.zeros_like(w), torch.ones_like(w), w])
     return _inject(
         x, fake, None, None, real, factors, (0, None, None), 0.0, math.inf, nonfinite, value, count, return_grad
     )  # fmt: skip
 
 
+@arguments.reverse_only
 def sid_loss(x, x0_real, x0_fake, *, alpha=1.0, floor=1e-5, reduction="sum"):
     """Score identity distillation, with the true gradient into all three.
 
@@ -346,6 +364,7 @@ def sid_loss(x, x0_real, x0_fake, *, alpha=1.0, floor=1e-5, reduction="sum"):
     return sid.sid_energy(x, x0_real, x0_fake, w / arguments.denominator(reduction, x), arguments.number(alpha, "alpha"))
 
 
+@arguments.reverse_only
 def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
     """Give x a gradient that is already known.
 
@@ -357,7 +376,7 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
     Returns: L, fp32 (float64 for float64 inputs); the upstream gradient is honoured, no gradient flows into grad.
     Raises: ValueError naming the argument.
     Numerics: one rounding to x's dtype, upstream gradient and denominator included.
-    Cost: forward reads grad (and x for "dot"), backward reads grad and writes the gradient.
+    Cost: forward reads grad (and x for "dot"), backward reads grad and writes the gradient. A mask copies what is read.
     """
     arguments.sample(x, "x")
     arguments.matching(grad, x, "grad")
@@ -367,11 +386,12 @@ def inject_grad(x, grad, *, reduction="sum", mask=None, value="dot"):
     if mask is not None:
         kept = _mask(mask, x)
         grad = torch.where(kept, grad, 0.0)
-        count = kept.sum().clamp(min=1).to(dtype) if reduction == "mean" else count
+        x, count = _kept(x, kept, value, count, reduction)
     factors = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=x.device)[:, None].expand(4, len(x)).contiguous()
     return _inject(x, grad, None, None, None, factors, (0, None, None), 0.0, math.inf, "propagate", value, count, False)
 
 
+@arguments.reverse_only
 def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True):
     """Normalise groups of channels in a frozen network, and apply SiLU: a gradient to x alone.
 
@@ -391,13 +411,14 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-5, *, silu=True):
         raise ValueError(f"x: shape [B, C, ...] expected, got {tuple(x.shape)}")
     if _group_norm_silu.is_channels_last(x) is None:
         raise ValueError(f"x: contiguous or channels_last expected, got strides {x.stride()} of shape {tuple(x.shape)}")
-    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+    if isinstance(groups, bool) or not isinstance(groups, numbers.Integral) or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups: a divisor of the {x.shape[1]} channels expected, got {groups!r}")
     weight, bias = (arguments.frozen(v, name, x.shape[1], x) for v, name in ((weight, "weight"), (bias, "bias")))
     x, eps = arguments.savable(x), arguments.number(eps, "eps", 0)
-    return _group_norm_silu.group_norm_silu(x, weight, bias, groups, eps, bool(silu))[0]
+    return _group_norm_silu.group_norm_silu(x, weight, bias, operator.index(groups), eps, bool(silu))[0]
 
 
+@arguments.reverse_only
 def layer_norm(x, weight, bias, eps=1e-5):
     """Normalise the last axis in a frozen network: a gradient to x alone.
 
@@ -417,6 +438,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
     return _layer_norm.layer_norm(arguments.savable(x), weight, bias, arguments.number(eps, "eps", 0))
 
 
+@arguments.reverse_only
 def geglu(x):
     """Gate one half of the last axis by the other, as diffusers' feed-forward blocks do: a gradient to x.
 
@@ -483,6 +505,14 @@ def _inverse_mean(sums, x, norm, eps=0.0, floor=0.0):
     """1 / max(mean + eps, floor) from each sample's sum, one a sample [B] or one for the batch [1]."""
     mean = sums / (x.numel() // len(x)) if norm == "sample" else sums.sum()[None] / x.numel()
     return 1.0 / (mean + eps).clamp(min=max(floor, arguments.TINY))
+
+
+def _kept(x, kept, value, count, reduction):
+    """x as the value may read it, and the denominator, under a mask."""
+    return (
+        torch.where(kept, x, 0.0) if value == "dot" else x,
+        kept.sum().clamp(min=1) if reduction == "mean" else count,
+    )
 
 
 def _mask(mask, x):

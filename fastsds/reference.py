@@ -122,10 +122,10 @@ def add_noise(x0, eps, alpha, sigma):
     return (rows(alpha, x0).to(dtype) * x0.to(dtype) + rows(sigma, x0).to(dtype) * eps.to(dtype)).to(x0.dtype)
 
 
-def scale_rows(x, scale):
-    """scale * x with one factor a row, in x's dtype."""
-    dtype = compute_dtype(x)
-    return (rows(scale, x).to(dtype) * x.to(dtype)).to(x.dtype)
+def scale_rows(x, scale, dtype):
+    """scale * x with one factor a row, in the given dtype."""
+    wide = compute_dtype(x, scale)
+    return (rows(scale, x).to(wide) * x.to(wide)).to(dtype)
 
 
 def guide(pred, other, weight, dtype):
@@ -243,21 +243,23 @@ def _normalised(x, axes, eps):
 
 
 def group_norm_silu(x, weight, bias, groups, eps, silu):
-    """(y, mean, rstd): group norm of [B, C, ...], with SiLU if asked, in x's dtype; the statistics unrounded, [B groups]."""
+    """(y, mean, rstd): group norm of [B, C, ...], with SiLU if asked, in x's dtype; the statistics unrounded: rstd [B groups],
+    mean [2, B groups], whose sum is the mean."""
     dtype = compute_dtype(x)
     grouped = x.to(dtype).reshape(x.shape[0], groups, -1)
     xhat, rstd = _normalised(grouped, -1, eps)
     n = xhat.reshape(x.shape) * _channels(weight, x, dtype) + _channels(bias, x, dtype)
-    mean = grouped.mean(-1) + (grouped - grouped.mean(-1, keepdim=True)).mean(-1)
-    return (n * n.sigmoid() if silu else n).to(x.dtype), mean.flatten(), rstd.flatten()
+    mean = grouped.mean(-1)
+    mean = torch.stack([mean, (grouped - mean[..., None]).mean(-1)]).flatten(1)
+    return (n * n.sigmoid() if silu else n).to(x.dtype), mean, rstd.flatten()
 
 
 def group_norm_silu_gradient(g, x, weight, bias, mean, rstd, groups, silu):
     """The gradient of x for the upstream gradient g, in x's dtype."""
     dtype = compute_dtype(x)
     w, b = _channels(weight, x, dtype), _channels(bias, x, dtype)
-    mean, rstd = (v.to(dtype).view(x.shape[0], groups, 1) for v in (mean, rstd))
-    xhat = (x.to(dtype).reshape(x.shape[0], groups, -1) - mean) * rstd
+    mean, more, rstd = (v.to(dtype).view(x.shape[0], groups, 1) for v in (*mean, rstd))
+    xhat = (x.to(dtype).reshape(x.shape[0], groups, -1) - mean - more) * rstd
     h = g.to(dtype) * w
     if silu:
         n = xhat.reshape(x.shape) * w + b

@@ -4,10 +4,17 @@ Everything is computed in fp32 (float64 for float64 samples) from alpha-bar itse
 refused: bf16 alone would move alpha by up to 0.6 %, and half of all timesteps between 0 and 999.
 """
 
+import math
+import numbers
+import operator
+
 import torch
 
 HALF = (torch.float16, torch.bfloat16)
 EULER_FAMILY = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolverSDE")  # diffusers' schedulers with x_t = x0 + sigma eps
+SECOND_ORDER = ("KDPM2", "DPMSolverSDE")  # those whose tables put the sigma of one timestep beside another
+# settings that give a timestep another sigma than alphas_cumprod does, or round the timestep of a sigma
+OWN_SIGMAS = ("use_flow_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 # diffusers' names of what a network predicts, and the short names in use beside them
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 ALIASES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow_prediction": "flow"}
@@ -24,14 +31,16 @@ def alpha_sigma(schedule, t, like):
     Args:
         schedule: a 1-D alpha-bar tensor (also called `alphas_cumprod`), a diffusers scheduler (each by its own `add_noise`:
             give an Euler scheduler's `alphas_cumprod` for the variance-preserving form), "flow", or a pair `(alpha, sigma)`
-            of numbers or tensors, which are taken as the values themselves (t is then not read).
-        t: int, or integer tensor [1], [B], [B, 1, 1, 1] or with more leading axes such as [B, F]. Float timesteps are
-            accepted by flow matching, and by Euler's family, which interpolates sigma.
+            of numbers or tensors, which are taken as the values themselves (t is then not read). A scheduler that samples
+            by sigmas of its own (`use_karras_sigmas`, `use_flow_sigmas`, ...) is refused.
+        t: int, or integer tensor [1], [B], [B, 1, 1, 1] or with more leading axes such as [B, F]; a constant. Float
+            timesteps are accepted by flow matching ("flow" takes nothing else), and by Euler's family, which interpolates
+            sigma.
         like: the sample x0 [B, ...]; gives device, rank and arithmetic (float64 if it is float64, else fp32).
 
     Returns: (alpha, sigma), each broadcastable to `like`: t's own axes first, then ones.
     Raises: ValueError for a half-precision or differentiable schedule, for t of a wrong type, shape or range (the range
-        is checked where it costs no synchronisation: on the CPU, outside torch.compile).
+        is checked where it costs no synchronisation: on the CPU, outside torch.compile), or that requires a gradient.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(schedule, (tuple, list)):
@@ -42,14 +51,22 @@ def alpha_sigma(schedule, t, like):
     table = schedule if isinstance(schedule, torch.Tensor) else getattr(schedule, "alphas_cumprod", None)
     if table is None:
         return _flow(schedule, t, like, dtype)
-    _check_factor(table, "schedule")
+    if not isinstance(table, torch.Tensor):
+        raise ValueError(f"schedule: alphas_cumprod must be a tensor, got {type(table).__name__}")
+    _check_factor(table, "schedule", like)
     if table.ndim != 1:
         raise ValueError(f"schedule: expected a 1-D alpha-bar tensor, got shape {tuple(table.shape)}")
+    for name in OWN_SIGMAS:
+        if getattr(getattr(schedule, "config", None), name, False):
+            raise ValueError(
+                f"schedule: {type(schedule).__name__} has {name}: its sigmas are not those of its timesteps; give its "
+                'alphas_cumprod, the pair (alpha, sigma), or for use_flow_sigmas "flow" with t = sigma'
+            )
     t = _timesteps(t, like)
     table = table.to(like.device, dtype, non_blocking=True)
-    if any(base.__name__.startswith(EULER_FAMILY) for base in type(schedule).__mro__):
+    if _is_a(schedule, EULER_FAMILY):
         return _euler(schedule, table, t, like)
-    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+    if t.is_floating_point():
         raise ValueError(f"t: an alpha-bar schedule is indexed by integers, got dtype {t.dtype}")
     _check_range(t, 0, len(table) - 1)
     abar = table[t.to(like.device, torch.int64, non_blocking=True)]
@@ -58,7 +75,7 @@ def alpha_sigma(schedule, t, like):
 
 def prediction_type(name, argument="prediction_type"):
     """Return the full name of a prediction type; ValueError if it is none."""
-    name = ALIASES.get(name, name)
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in PREDICTION_TYPES:
         known = ", ".join(map(repr, (*PREDICTION_TYPES, *ALIASES)))
         raise ValueError(f"{argument}: one of {known} expected, got {name!r}")
@@ -145,12 +162,15 @@ def timestep_range(alphas_cumprod, t=None, log_snr=None, shift=0.0):
 
 def _timesteps(t, like):
     """t as a tensor with like's rank: leading axes match like's (or are 1), trailing axes are 1."""
-    if isinstance(t, bool) or not isinstance(t, (int, float, torch.Tensor)):
-        raise ValueError(f"t: an int or a tensor expected, got {type(t).__name__}")
     if not isinstance(t, torch.Tensor):
-        if isinstance(t, int):
-            return torch.full((1,) * like.ndim, t, dtype=torch.int64)
-        return torch.full((1,) * like.ndim, t, dtype=torch.float64)
+        if isinstance(t, bool) or not isinstance(t, numbers.Real):
+            raise ValueError(f"t: an int, a float or a tensor expected, got {type(t).__name__}")
+        if isinstance(t, numbers.Integral):
+            return torch.full((1,) * like.ndim, operator.index(t), dtype=torch.int64)
+        return torch.full((1,) * like.ndim, float(t), dtype=torch.float64)
+    if t.is_complex() or t.dtype == torch.bool:
+        raise ValueError(f"t: integers or floats expected, got {t.dtype}")
+    _check_constant(t, "t", like)
     return _leading(t, "t", like)
 
 
@@ -161,18 +181,31 @@ def _leading(v, name, like):
     return v.reshape(*v.shape, *(1,) * (like.ndim - v.ndim))
 
 
-def _check_factor(v, name):
+def _check_constant(v, name, like):
+    if v.requires_grad:
+        raise ValueError(f"{name}: a constant here, but this tensor requires a gradient; detach it")
+    if v.is_meta and not like.is_meta:
+        raise ValueError(f"{name}: on meta, which has no values, and the samples on {like.device}")
+
+
+def _check_factor(v, name, like):
     if v.dtype in HALF or not v.is_floating_point():
         raise ValueError(f"{name}: fp32 or fp64 expected, got {v.dtype} (half precision loses sigma near t = 0)")
-    if v.requires_grad:
-        raise ValueError(f"{name}: the schedule is a constant here, but this tensor requires a gradient; detach it")
+    _check_constant(v, name, like)
 
 
 def _pair_entry(v, name, like, dtype):
     if not isinstance(v, torch.Tensor):
+        if isinstance(v, bool) or not isinstance(v, numbers.Real) or not -math.inf < v < math.inf:
+            raise ValueError(f"{name} of the schedule's pair: a finite number or a tensor expected, got {v!r}")
         return torch.full((1,) * like.ndim, float(v), dtype=dtype, device=like.device)
-    _check_factor(v, name)
+    _check_factor(v, name, like)
     return _leading(v, name, like).to(like.device, dtype, non_blocking=True)
+
+
+def _is_a(scheduler, prefixes):
+    """Whether its class, or one that it derives from, has a name that begins like that."""
+    return any(base.__name__.startswith(prefixes) for base in type(scheduler).__mro__)
 
 
 def _check_range(t, low, high):
@@ -185,10 +218,12 @@ def _check_range(t, low, high):
 
 def _euler(scheduler, table, t, like):
     """alpha = 1; sigma at t, between two timesteps linearly: what these schedulers' own tables hold."""
-    config = scheduler.config
-    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-        if getattr(config, name, False):
-            raise ValueError(f"schedule: {type(scheduler).__name__} has {name}; give the pair (1.0, sigma) instead")
+    for name, usual in (("interpolation_type", "linear"), ("timestep_type", "discrete")):
+        found = getattr(scheduler.config, name, usual)
+        if found != usual:
+            raise ValueError(f"schedule: {type(scheduler).__name__} has {name} {found!r}; give the pair (1.0, sigma) instead")
+    if t.is_floating_point() and _is_a(scheduler, SECOND_ORDER):
+        raise ValueError(f"t: {type(scheduler).__name__} interpolates in its own way; give the pair (1.0, sigma) instead")
     if t.dtype in HALF:
         raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
     _check_range(t, 0, len(table) - 1)
@@ -204,18 +239,35 @@ def _euler(scheduler, table, t, like):
 
 def _flow(schedule, t, like, dtype):
     """sigma = t / num_train_timesteps, a flow-matching scheduler's own relation between the two; or t itself."""
-    if schedule == "flow":
+    by_sigma = isinstance(schedule, str) and schedule == "flow"
+    if by_sigma:
         steps = 1
     else:
         steps = getattr(getattr(schedule, "config", None), "num_train_timesteps", None)
         if steps is None or not hasattr(schedule, "scale_noise"):
             raise ValueError(
-                f"schedule: {type(schedule).__name__} has neither alphas_cumprod nor scale_noise; "
+                f"schedule: {type(schedule).__name__} has neither alphas_cumprod nor scale_noise over num_train_timesteps; "
                 'give an alpha-bar tensor, a diffusers scheduler, "flow" or an (alpha, sigma) pair'
             )
+        _check_tables(schedule, steps)
     t = _timesteps(t, like)
+    if by_sigma and not t.is_floating_point():
+        raise ValueError(f't: "flow" takes sigma itself, a float, got {t.dtype}; a flow-matching scheduler takes timesteps')
     if t.dtype in HALF:
         raise ValueError(f"t: half precision moves timesteps (999 becomes 1000 in bf16), got {t.dtype}")
     _check_range(t, 0, steps)
     sigma = t.to(like.device, dtype, non_blocking=True) / steps
     return 1 - sigma, sigma
+
+
+def _check_tables(scheduler, steps):
+    """A flow-matching scheduler's sigmas are its timesteps / steps, unless both were set by hand; as `_check_range`."""
+    timesteps, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+    if torch.compiler.is_compiling() or not all(isinstance(v, torch.Tensor) and v.is_cpu for v in (timesteps, sigmas)):
+        return
+    n = min(len(timesteps), len(sigmas))
+    if n and (timesteps[:n] - steps * sigmas[:n]).abs().max() > 1e-5 * steps:
+        raise ValueError(
+            f"schedule: {type(scheduler).__name__}'s sigmas are not its timesteps / {steps}: they were set by hand; "
+            'give "flow" with t = sigma'
+        )

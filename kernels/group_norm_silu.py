@@ -4,10 +4,10 @@
     h = w dy silu'(n)  (or w dy),   dx = rstd (h - mean(h) - xhat mean(h xhat))     means over a group; none for w and b
 
 Shapes: x, y [B, C, ...], contiguous or channels_last; w, b [C]. One program a sample and group, in blocks: the sum; then, about
-that mean, the sums of what is left and of its squares, so that a large mean costs the variance no digits; then the result.
-xhat is off by at most the rounding of the mean to fp32. A group of SD 1.x at 64x64 is 2,560 to 122,880 elements (960
+that mean, the sums of what is left and of its squares, so that a large mean costs no digits; then the result, less both means.
+A group of SD 1.x at 64x64 is 2,560 to 122,880 elements (960
 channels); whether the second and third reading come from the cache is not yet measured. Backward saves x and the statistics
-[B groups]; n is made again. Arithmetic fp32, one rounding at the store; sums in a fixed order.
+[B groups], the mean as two numbers; n is made again. Arithmetic fp32, one rounding at the store; sums in a fixed order.
 Bytes an element: forward 2 s (s = bytes of x's dtype), backward 3 s.
 """
 
@@ -48,7 +48,7 @@ def _start(i, groups, space, channels, width, units, UNIT: tl.constexpr, CHANNEL
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr, eps: tl.float32, groups, space, channels, width, units,
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, more_ptr, rstd_ptr, eps: tl.float32, groups, space, channels, width, units,
     UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +71,8 @@ def _group_norm_silu_kernel(
         squares += d * d
     more = tl.sum(left) / n
     rstd = tl.rsqrt(tl.sum(squares) / n - more * more + eps)
-    mean += more
     tl.store(mean_ptr + i, mean)
+    tl.store(more_ptr + i, more)
     tl.store(rstd_ptr + i, rstd)
     channel = i % groups * width
     for k in range(BLOCKS):
@@ -81,19 +81,19 @@ def _group_norm_silu_kernel(
         offset, c = _place(o_i, space, channels, width, CHANNELS_LAST)
         x = tl.load(x_ptr + first + offset, mask=m_i, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + channel + c, mask=m_i, other=0.0).to(tl.float32)
-        y = (x - mean) * rstd * w + tl.load(b_ptr + channel + c, mask=m_i, other=0.0).to(tl.float32)
+        y = (x - mean - more) * rstd * w + tl.load(b_ptr + channel + c, mask=m_i, other=0.0).to(tl.float32)
         if SILU:
             y = y * tl.sigmoid(y)
         tl.store(y_ptr + first + offset, y.to(y_ptr.dtype.element_ty), mask=m_i)
 
 
 @triton.jit
-def _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, o_c, m_i, mean, rstd, SILU: tl.constexpr):
+def _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, o_c, m_i, mean, more, rstd, SILU: tl.constexpr):
     """(h, xhat) of some elements."""
     x = tl.load(x_ptr + first + offset, mask=m_i, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + o_c, mask=m_i, other=0.0).to(tl.float32)
     h = tl.load(g_ptr + first + offset, mask=m_i, other=0.0).to(tl.float32) * w
-    xhat = (x - mean) * rstd
+    xhat = (x - mean - more) * rstd
     if SILU:
         y = xhat * w + tl.load(b_ptr + o_c, mask=m_i, other=0.0).to(tl.float32)
         s = tl.sigmoid(y)
@@ -103,27 +103,27 @@ def _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, o_c, m_i, mean, rstd
 
 @triton.jit
 def _group_norm_silu_gradient_kernel(
-    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dx_ptr, groups, space, channels, width, units,
+    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, more_ptr, rstd_ptr, dx_ptr, groups, space, channels, width, units,
     UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     first = _start(i, groups, space, channels, width, units, UNIT, CHANNELS_LAST)
     n = units * UNIT
-    mean, rstd = tl.load(mean_ptr + i), tl.load(rstd_ptr + i)
+    mean, more, rstd = tl.load(mean_ptr + i), tl.load(more_ptr + i), tl.load(rstd_ptr + i)
     channel = i % groups * width
     sums, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for k in range(BLOCKS):
         o_i = k * BLOCK + tl.arange(0, BLOCK)
         offset, c = _place(o_i, space, channels, width, CHANNELS_LAST)
-        h, xhat = _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, channel + c, o_i < n, mean, rstd, SILU)
+        h, xhat = _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, channel + c, o_i < n, mean, more, rstd, SILU)
         sums += h
         slopes += h * xhat
     h_mean, slope = tl.sum(sums) / n, tl.sum(slopes) / n
     for k in range(BLOCKS):
         o_i = k * BLOCK + tl.arange(0, BLOCK)
         offset, c = _place(o_i, space, channels, width, CHANNELS_LAST)
-        h, xhat = _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, channel + c, o_i < n, mean, rstd, SILU)
+        h, xhat = _pulled_back(g_ptr, x_ptr, w_ptr, b_ptr, first, offset, channel + c, o_i < n, mean, more, rstd, SILU)
         dx = rstd * (h - h_mean - xhat * slope)
         tl.store(dx_ptr + first + offset, dx.to(dx_ptr.dtype.element_ty), mask=o_i < n)
 
@@ -152,9 +152,9 @@ def _forward_cuda(
     if x.dtype == torch.float64:
         return _forward_cpu(x, weight, bias, groups, eps, silu)
     y = torch.empty_like(x, dtype=launch.output_dtype(x.dtype))
-    mean, rstd = (torch.empty(len(x) * groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    _launch(_group_norm_silu_kernel, (x, weight, bias, y, mean, rstd), x, groups, silu, eps)
-    return y.to(x.dtype), mean, rstd
+    mean, rstd = (torch.empty(k, len(x) * groups, dtype=torch.float32, device=x.device) for k in (2, 1))
+    _launch(_group_norm_silu_kernel, (x, weight, bias, y, *mean, *rstd), x, groups, silu, eps)
+    return y.to(x.dtype), mean, rstd[0]
 
 
 def _forward_cpu(
@@ -172,7 +172,7 @@ def _gradient_cuda(
     if g.stride() != x.stride():  # an upstream gradient in another layout is brought to x's
         g = torch.empty_like(x, dtype=g.dtype).copy_(g)
     dx = torch.empty_like(x, dtype=launch.output_dtype(x.dtype))
-    _launch(_group_norm_silu_gradient_kernel, (g, x, weight, bias, mean, rstd, dx), x, groups, silu)
+    _launch(_group_norm_silu_gradient_kernel, (g, x, weight, bias, *mean, rstd, dx), x, groups, silu)
     return dx.to(x.dtype)
 
 
@@ -184,7 +184,8 @@ def _gradient_cpu(
 
 def _forward_fake(x, weight, bias, groups, eps, silu):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(x), *(x.new_empty(x.shape[0] * groups, dtype=dtype) for _ in range(2))
+    n = x.shape[0] * groups
+    return torch.empty_like(x), x.new_empty(2, n, dtype=dtype), x.new_empty(n, dtype=dtype)
 
 
 group_norm_silu = launch.define("group_norm_silu", _forward_cuda, _forward_cpu, _forward_fake)

@@ -14,7 +14,6 @@ import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_INNER = 4  # separately strided axes within a sample
 BLOCK = 1024  # elements a program, at most: four warps. By arithmetic, not yet measured on a GPU
 PER_WARP = 256  # elements a warp: eight a thread, one 16-byte access in half precision, two in fp32
 
@@ -70,7 +69,7 @@ class Layout:
 
     When every sample is contiguous in every tensor, the kernels see rows and row strides, in units of `unit` elements, the
     largest power of two (at most 16) that divides them all: that is what lets the compiler prove 16-byte accesses.
-    Otherwise they split i over at most MAX_INNER axes, merged where all tensors allow it. Nothing is ever copied.
+    Otherwise they split i over the axes, merged where all tensors allow it. Nothing is ever copied.
     """
 
     def __init__(self, *tensors):
@@ -85,23 +84,14 @@ class Layout:
                 sizes[i : i + 2] = [sizes[i] * sizes[i + 1]]
                 for s in strides:
                     del s[i]
-        if len(sizes) > MAX_INNER:
-            raise ValueError(
-                f"strides {[tuple(v.stride()) for v in tensors]} of shape {tuple(first.shape)} need {len(sizes)} separate "
-                f"axes within a sample, at most {MAX_INNER} are supported; call .contiguous() first"
-            )
         self.contiguous = len(sizes) == 0 or (len(sizes) == 1 and all(s[0] == 1 for s in strides))
         batch = [v.stride(0) if len(v) > 1 else 0 for v in tensors]
         self.unit = 1
         if self.contiguous:
             self.unit = math.gcd(16, self.n, *batch)
-        pad = MAX_INNER - len(sizes)
-        self.sizes = (1,) * pad + tuple(sizes) if not self.contiguous else (1,) * MAX_INNER
+        self.sizes = (1,) if self.contiguous else tuple(sizes)
         # (row stride in units, then the axes' strides), one tuple a tensor
-        self.strides = [
-            (row // self.unit, *((0,) * pad + tuple(s) if not self.contiguous else (0,) * MAX_INNER))
-            for row, s in zip(batch, strides)
-        ]
+        self.strides = [(row // self.unit, *((0,) if self.contiguous else s)) for row, s in zip(batch, strides)]
 
 
 class Rows:

@@ -20,16 +20,17 @@ from fastsds.kernels.philox import normal_block
 
 @triton.jit
 def offsets(o_i, sizes, strides, CONTIGUOUS: tl.constexpr):
-    """Offset of logical elements o_i within a sample; sizes (n0..n3), strides (row, s0..s3) as in launch.Layout."""
+    """Offset of logical elements o_i within a sample; sizes (n0..nk), strides (row, s0..sk) as in launch.Layout."""
     if CONTIGUOUS:
         offset = o_i
     else:
+        last: tl.constexpr = len(sizes) - 1
         rest = o_i.to(tl.int64)
-        offset = rest % sizes[3] * strides[4]
-        rest = rest // sizes[3]
-        offset += rest % sizes[2] * strides[3]
-        rest = rest // sizes[2]
-        offset += rest % sizes[1] * strides[2] + rest // sizes[1] * strides[1]
+        offset = rest * 0
+        for k in tl.static_range(last):
+            offset += rest % sizes[last - k] * strides[last - k + 1]
+            rest = rest // sizes[last - k]
+        offset += rest * strides[1]
     return offset
 
 
@@ -106,10 +107,10 @@ def _add_noise_cpu(
     return torch.empty_like(x0).copy_(out)
 
 
-def _scale_rows_cuda(x: Tensor, scale: Tensor) -> Tensor:
-    if x.dtype == torch.float64:
-        return _scale_rows_cpu(x, scale)
-    out = torch.empty_like(x, dtype=launch.output_dtype(x.dtype))
+def _scale_rows_cuda(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if reference.compute_dtype(x, scale) == torch.float64:
+        return _scale_rows_cpu(x, scale, dtype)
+    out = torch.empty_like(x, dtype=launch.output_dtype(dtype))
     layout = launch.Layout(x, out)
     block = launch.block_size(layout.n)
     blocks = triton.cdiv(layout.n, block)
@@ -119,11 +120,11 @@ def _scale_rows_cuda(x: Tensor, scale: Tensor) -> Tensor:
         x, scale, out, frames, layout.n // frames, blocks, layout.n // layout.unit, layout.sizes, *layout.strides,
         UNIT=layout.unit, CONTIGUOUS=layout.contiguous, FRAMED=frames > 1, block=block,
     )  # fmt: skip
-    return out.to(x.dtype)
+    return out.to(dtype)
 
 
-def _scale_rows_cpu(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(x).copy_(reference.scale_rows(x, scale))
+def _scale_rows_cpu(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype).copy_(reference.scale_rows(x, scale, dtype))
 
 
 add_noise = launch.define(
@@ -132,7 +133,9 @@ add_noise = launch.define(
     _add_noise_cpu,
     lambda x0, eps, alpha, sigma, seed, draw, ids: torch.empty_like(x0),
 )
-scale_rows = launch.define("scale_rows", _scale_rows_cuda, _scale_rows_cpu, lambda x, scale: torch.empty_like(x))
+scale_rows = launch.define(
+    "scale_rows", _scale_rows_cuda, _scale_rows_cpu, lambda x, scale, dtype: torch.empty_like(x, dtype=dtype)
+)
 
 
 def _add_noise_context(ctx, inputs, output):
@@ -143,17 +146,19 @@ def _add_noise_context(ctx, inputs, output):
 
 def _add_noise_backward(ctx, g):
     alpha, sigma = ctx.saved_tensors
-    dx = scale_rows(g, alpha) if ctx.needs_input_grad[0] else None
-    deps = scale_rows(g, sigma).to(ctx.eps_dtype) if ctx.needs_input_grad[1] else None
+    dx = scale_rows(g, alpha, g.dtype) if ctx.needs_input_grad[0] else None
+    deps = scale_rows(g, sigma, ctx.eps_dtype) if ctx.needs_input_grad[1] else None
     return dx, deps, None, None, None, None, None
 
 
 def _scale_rows_context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1])
+    x, scale, _ = inputs
+    ctx.save_for_backward(scale)
+    ctx.dtype = x.dtype
 
 
 def _scale_rows_backward(ctx, g):
-    return scale_rows(g, ctx.saved_tensors[0]), None
+    return scale_rows(g, ctx.saved_tensors[0], ctx.dtype), None, None
 
 
 add_noise.register_autograd(_add_noise_backward, setup_context=_add_noise_context)

@@ -211,6 +211,7 @@ def _sds_cuda(
     if factors.dtype == torch.float64:
         return _sds_cpu(x0, pred, other, y, eps, factors, seed, draw, ids, guide, clip, nonfinite, value)
     x = x0 if value == "dot" else None
+    nonfinite = "zero" if nonfinite == "clamp" else nonfinite  # no infinity in what is reported
     total = _sums(value, x, pred, other, y, eps, factors, seed, draw, ids, guide, clip, nonfinite).sum()
     return total if value == "dot" else 0.5 * total
 
@@ -220,6 +221,7 @@ def _sds_cpu(
     draw: Tensor | None, ids: Tensor | None, guide: float, clip: float, nonfinite: str, value: str,
 ) -> Tensor:  # fmt: skip
     eps = reference.resolve_noise(pred, eps, draw, ids, seed)
+    nonfinite = "zero" if nonfinite == "clamp" else nonfinite
     how = dict(other=other, weight=guide, clip=clip, nonfinite=nonfinite)
     return reference.sds_value(x0, pred, y, eps, factors, value, **how)
 

@@ -56,6 +56,37 @@ def test_dmd_on_video_with_a_mask(dtype, device):
 
 
 @pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("norm", ops.NORMS)
+@pytest.mark.parametrize("value", ("target", "dot"))
+def test_what_is_masked_and_not_finite_is_harmless(value, norm, device):
+    """The norm is over all elements, masked ones too; of these, what is not finite counts as no distance."""
+    x, real, fake = sample((2, 3, 4, 5), device=device)
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(device) > 0.3
+    first = (~mask).nonzero()[0].tolist()
+    how = dict(norm=norm, mask=mask, value=value, return_grad=True)
+    at = tuple(first)
+    for i, bad in ((0, float("nan")), (1, float("inf")), (2, float("nan"))):
+        given = [v.clone() for v in (x, real, fake)]
+        given[i][at] = bad
+        # the same with no distance at that element, and anything finite in fake
+        same = [v.clone() for v in (x, real, fake)]
+        if i < 2:
+            same[i][at] = same[1 - i][at]
+        for ours, expected in zip(ops.dmd_loss(*given, **how), ops.dmd_loss(*same, **how)):
+            assert ours.isfinite().all() and torch.equal(ours, expected)
+        leaf = given[0].clone().requires_grad_()
+        ops.dmd_loss(leaf, *given[1:], **how)[0].backward()
+        assert torch.equal(leaf.grad, ops.dmd_loss(*given, **how)[1])
+    x[at] = fake[at] = float("nan")
+    loss = ops.inject_grad(x, fake, mask=mask, value=value)
+    assert loss.isfinite()
+    far = real.clone()  # finite and masked: part of the norm, as in Self-Forcing
+    far[at] += 100.0
+    x[at], fake[at] = 0.0, 0.0
+    assert torch.equal(ops.dmd_loss(x, far, fake, **how)[1], ops.dmd_loss(x, real, fake, **how)[1]) == (norm is None)
+
+
+@pytest.mark.parametrize("device", testing.devices())
 def test_dmd_options(device):
     x, real, fake = sample((2, 3, 4, 5), device=device)
     for how in (dict(eps=0.5), dict(floor=10.0)):
@@ -121,6 +152,7 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.dmd_loss(X, X, X, mask=torch.ones(2)), "mask: a bool tensor expected, got torch.float32"),
         (lambda: ops.dmd_loss(X, X, X, mask=torch.ones(3).bool()), r"mask: shape \(3,\)"),
         (lambda: ops.dmd_loss(X, X, X, scale=torch.ones(3)), r"scale: shape \(3,\)"),
+        (lambda: ops.dmd_loss(X, X, X, scale=torch.ones(2).cfloat()), "scale: a number or a float tensor expected"),
         (lambda: ops.dmd_loss(X, X, X, value="energy"), "value: one of 'target', 'dot'"),
         (lambda: ops.inject_grad(X, X[0]), "grad: shape"),
         (lambda: ops.inject_grad(X, X, value="zero"), "value: one of"),

@@ -95,6 +95,11 @@ def test_a_large_mean_costs_no_digits_of_a_group(device):
     x = (x.detach() + 1e3).requires_grad_()
     check(lambda x, w, b: ops.group_norm_silu(x, w, b, 2), lambda x, w, b: F.silu(F.group_norm(x, 2, w, b)),
           x, g, torch.float32, w, b)  # fmt: skip
+    exact = F.silu(F.group_norm(x.double(), 2, w.double(), b.double()))
+    wanted = torch.autograd.grad(exact, x, g.double())[0]
+    y = ops.group_norm_silu(x, w, b, 2)
+    for ours, oracle in ((y, exact), (torch.autograd.grad(y, x, g)[0], wanted)):
+        assert (ours.double() - oracle).abs().max() < 2e-6  # one fp32 for the mean would be 2e-5 off
 
 
 @pytest.mark.parametrize("device", testing.devices())
@@ -197,6 +202,7 @@ X, W = torch.zeros(2, 4, 8), torch.ones(8)
         (lambda: ops.group_norm_silu(X, W[:4], W[:4], 3), "groups: a divisor of the 4 channels expected, got 3"),
         (lambda: ops.group_norm_silu(X, W, W, 2), r"weight: a contiguous tensor \[4\]"),
         (lambda: ops.group_norm_silu(X.transpose(1, 2), W, W, 2), "x: contiguous or channels_last"),
+        (lambda: ops.group_norm_silu(X, W[:4], W[:4], True), "groups: a divisor of the 4 channels expected, got True"),
         (lambda: ops.geglu(X[..., :7]), "x: an even last axis"),
         (lambda: ops.geglu(X.long()), "x: a tensor of fp16"),
     ),
@@ -220,11 +226,12 @@ def test_compiles_clean(dtype, arch):
             geglu._gradient_cuda(x[:, : n // 2].contiguous(), x)
         for kernel, loads, stores in zip(kernels, (1, 2, 2, 3), (1, 1, 1, 2), strict=True):
             testing.assert_clean(kernel, loads=loads, stores=stores)
-    image, w, statistics = torch.zeros(2, 320, 32, 32, dtype=dtype), torch.ones(320, dtype=dtype), torch.zeros(64)
+    image, w, rstd = torch.zeros(2, 320, 32, 32, dtype=dtype), torch.ones(320, dtype=dtype), torch.zeros(64)
+    mean = torch.zeros(2, 64)
     for x, wide in ((image, True), (image.to(memory_format=torch.channels_last), False)):
         with testing.compile_only(arch) as kernels:
             group_norm_silu._forward_cuda(x, w, w, 32, 1e-5, True)
-            group_norm_silu._gradient_cuda(x, x, w, w, statistics, statistics, 32, True)
+            group_norm_silu._gradient_cuda(x, x, w, w, mean, rstd, 32, True)
         for kernel, loads in zip(kernels, (3, 4), strict=True):  # x thrice; x and dy twice
             testing.assert_clean(kernel, loads=wide * loads, stores=int(wide))
 

@@ -47,6 +47,52 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
 
 
+LOSSES_AND_NORMS = {
+    "add_noise": lambda x: ops.add_noise(x, 500, ABAR, torch.ones_like(x))[0].square().sum(),
+    "sds_loss": lambda x: ops.sds_loss(x, x.detach(), ops.Noise(0, 0, [0, 1]), 500, ABAR).square(),
+    "denoising_loss": lambda x: ops.denoising_loss(x, ops.Noise(0, 0, [0, 1]), 500, ABAR),
+    "dmd_loss": lambda x: ops.dmd_loss(x, torch.ones_like(x), torch.zeros_like(x)).square(),
+    "sid_loss": lambda x: ops.sid_loss(x, 2 * x, torch.ones_like(x), alpha=0.5),
+    "inject_grad": lambda x: ops.inject_grad(x, torch.ones_like(x)).square(),
+    "group_norm_silu": lambda x: ops.group_norm_silu(x, torch.ones(4), torch.ones(4), 2).square().sum(),
+    "layer_norm": lambda x: ops.layer_norm(x, torch.ones(3), torch.ones(3)).square().sum(),
+    "geglu": lambda x: ops.geglu(x[..., :2]).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_AND_NORMS)
+def test_forward_mode_is_refused(name):
+    """torch's custom ops drop tangents: without the refusal, every one of these is zero."""
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NotImplementedError, match=f"{name}: reverse mode only"):
+        torch.func.jvp(LOSSES_AND_NORMS[name], (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        LOSSES_AND_NORMS[name](x)  # no tangent, nothing to refuse
+        with pytest.raises(NotImplementedError, match=f"{name}: reverse mode only"):
+            LOSSES_AND_NORMS[name](torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_forward_mode_of_guide_and_convert():
+    pred, x_t, tangent = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for linear in (
+        lambda v: ops.guide((v, torch.zeros_like(v)), 3.0),
+        lambda v: ops.convert(v, torch.zeros_like(v), 500, ABAR, source="epsilon", target="x0"),
+    ):
+        torch.testing.assert_close(torch.func.jvp(linear, (pred,), (tangent,))[1], linear(tangent))
+
+
+@pytest.mark.parametrize("name", LOSSES_AND_NORMS)
+def test_second_derivatives_are_right_or_refused(name):
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grad = torch.autograd.grad(LOSSES_AND_NORMS[name](x), x, create_graph=True)[0]
+    if name == "add_noise":  # linear: 2 alpha^2
+        second = torch.autograd.grad(grad.sum(), x)[0]
+        torch.testing.assert_close(second, (2 * ABAR[500]).expand(x.shape))
+    else:
+        with pytest.raises(RuntimeError, match="Trying to backward through fastsds.* no autograd formula"):
+            torch.autograd.grad(grad.sum(), x)
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor():
     torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -161,6 +162,14 @@ def test_uniform_is_in_its_interval():
     assert torch.equal(u, reference.uniform(1, torch.tensor([2]), torch.arange(8), 100))
 
 
+def test_numpy_integers_are_integers():
+    plain = ops.Noise(7, ops.draw(1, 5), [3, 4])
+    other = ops.Noise(np.int64(7), ops.draw(np.int32(1), np.int64(5)), np.array([3, 4]))
+    assert torch.equal(plain.normal(np.int64(5)), other.normal(5))
+    largest = ops.Noise(np.uint64(2**64 - 1), 0, [np.int64(-1)])
+    assert torch.equal(largest.words(4), ops.Noise(-1, 0, [-1]).words(4))
+
+
 def test_draw_packs_purpose_and_visit():
     assert ops.draw(ops.Purpose.NOISE, 0) == 0
     assert ops.draw(ops.Purpose.RENDER, 2**28 - 1) == 0x6FFFFFFF
@@ -173,6 +182,13 @@ def test_draw_packs_purpose_and_visit():
     (
         (lambda: ops.Noise(0.5, 0, [0]), "seed"),
         (lambda: ops.Noise(2**64, 0, [0]), "seed"),
+        (lambda: ops.Noise(True, 0, [0]), "seed"),
+        (lambda: ops.Noise(0, 0, [1.7]), "sample_ids: integers expected"),
+        (lambda: ops.Noise(0, 0, ["a"]), "sample_ids: .* integers"),
+        (lambda: ops.Noise(0, 0, [2**63]), "sample_ids: .* integers of 64 bits"),
+        (lambda: ops.Noise(0, 0, 5), "sample_ids: .* integers"),
+        (lambda: ops.draw(ops.Purpose.NOISE, 1.7), "visit: an int"),
+        (lambda: ops.draw(0.5, 1), "purpose: an int"),
         (lambda: ops.Noise(0, -1, [0]), "draw"),
         (lambda: ops.Noise(0, 2**32, [0]), "draw"),
         (lambda: ops.Noise(0, torch.tensor([0, 1, 2]), [0, 1]), "draw: shape"),
@@ -180,6 +196,13 @@ def test_draw_packs_purpose_and_visit():
         (lambda: ops.Noise(0, 0, torch.zeros(2)), "sample_ids: integers"),
         (lambda: ops.Noise(0, 0, torch.zeros(2, 2, dtype=torch.int64)), "sample_ids: shape"),
         (lambda: ops.Noise(0, 0, [0]).randint(5, 5), "randint"),
+        (lambda: ops.Noise(0, 0, [0]).randint(0, 2.5), "high: an int"),
+        (lambda: ops.Noise(0, 0, [0]).uniform(2.5), "n: an int"),
+        (lambda: ops.Noise(0, 0, [0]).words(-1), "n: an int"),
+        (lambda: ops.Noise(0, 0, [0]).normal((-1, 3)), "shape: ints"),
+        (lambda: ops.Noise(0, 0, [0]).normal(2.0), "shape: ints"),
+        (lambda: ops.draw(0, torch.tensor([2**28], dtype=torch.uint32)), "visit: values"),
+        (lambda: ops.Noise(0, torch.tensor([2**63], dtype=torch.uint64), [0]), "draw: values"),
         (lambda: ops.draw(16, 0), "purpose"),
         (lambda: ops.draw(0, 2**28), "visit"),
         (lambda: ops.draw(0, torch.tensor([2**28])), "visit"),

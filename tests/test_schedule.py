@@ -1,8 +1,11 @@
 """Schedules: every form gives the same factors in fp32 or better, and ranges of noise levels become ranges of timesteps."""
 
+import inspect
 import math
+from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -100,13 +103,26 @@ def test_pairs():
         (ABAR.clone().requires_grad_(), T, "requires a gradient"),
         (ABAR, T.float(), "indexed by integers"),
         (ABAR, 500.0, "indexed by integers"),
-        (ABAR, True, "an int or a tensor"),
-        (ABAR, "5", "an int or a tensor"),
+        (ABAR, True, "t: an int, a float or a tensor"),
+        (ABAR, "5", "t: an int, a float or a tensor"),
+        (ABAR, T.cfloat(), "t: integers or floats expected, got torch.complex64"),
+        (ABAR, T.to("meta"), "t: on meta, which has no values"),
+        (ABAR.to("meta"), T, "schedule: on meta"),
+        ("flow", T.bool(), "t: integers or floats expected, got torch.bool"),
+        ("flow", torch.zeros(3).requires_grad_(), "t: a constant here"),
+        (diffusers.EulerDiscreteScheduler(), torch.ones(3).requires_grad_(), "t: a constant here"),
+        ("flow", torch.zeros(3, dtype=torch.int64), '"flow" takes sigma itself'),
+        ("flow", 1, '"flow" takes sigma itself'),
+        (("a", 1), T, "alpha of the schedule's pair: a finite number or a tensor expected, got 'a'"),
+        ((1, math.inf), T, "sigma of the schedule's pair: a finite number"),
+        ((torch.ones(3).requires_grad_(), 1), T, "alpha: a constant here"),
         (ABAR, -1, r"\[0, 999\] expected, got -1..-1"),
         (ABAR, torch.tensor([0, 1, 1000]), "got 0..1000"),
         (ABAR, T[:2], "leading axes"),
         ((1.0, 2.0, 3.0), T, "has 2 entries, this one has 3"),
         ((torch.ones(2), 1.0), T, "alpha: shape"),
+        (ABAR.numpy(), T, "ndarray has neither"),
+        (SimpleNamespace(alphas_cumprod=ABAR.numpy()), T, "alphas_cumprod must be a tensor, got ndarray"),
         (object(), T, "neither alphas_cumprod nor scale_noise"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), T.half(), "half precision moves timesteps"),
     ),
@@ -172,10 +188,76 @@ def test_eulers_family_by_its_own_add_noise(name):
     torch.testing.assert_close(whole.flatten().double(), exact, rtol=1e-5, atol=0)
 
 
-def test_karras_sigmas_are_refused():
-    scheduler = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True)
-    with pytest.raises(ValueError, match="use_karras_sigmas; give the pair"):
-        schedule.alpha_sigma(scheduler, 5, torch.zeros(1, 4))
+SETTINGS = (
+    *({name: True} for name in (*schedule.OWN_SIGMAS, "rescale_betas_zero_snr")),
+    {"interpolation_type": "log_linear"},
+    {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+    {"shift": 3.0},
+)
+# no continuous x_t = alpha x0 + sigma eps of one tensor and its timesteps: tokens; a table that the caller brings
+OTHER = ("AmusedScheduler", "BlockRefinementScheduler", "HeliosDMDScheduler", "RFD4ProteinaScheduler")
+
+
+def noising_schedulers():
+    """(class, settings) of every diffusers scheduler that adds noise, plain and with each setting it knows."""
+    for name in dir(diffusers.schedulers):
+        kind = getattr(diffusers.schedulers, name)
+        if not inspect.isclass(kind) or getattr(kind, "_backends", None) or name in OTHER:  # _backends: one not installed
+            continue
+        if hasattr(kind, "add_noise") or hasattr(kind, "scale_noise"):
+            known = inspect.signature(kind.__init__).parameters
+            for settings in ({}, *(s for s in SETTINGS if s.keys() <= known.keys())):
+                yield pytest.param(kind, settings, id="-".join([name, *settings]))
+
+
+def own_noise(scheduler, x, t, eps):
+    if type(scheduler) is diffusers.RePaintScheduler:  # its own says: use DDPM's
+        return diffusers.DDPMScheduler.add_noise(scheduler, x, eps, t)
+    if type(scheduler) is diffusers.schedulers.FlowMatchHeunDiscreteScheduler:  # one timestep a call
+        return scheduler.scale_noise(x, t[0], eps)
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(x, eps, t)
+    return scheduler.scale_noise(x, t, eps)
+
+
+REFUSED = ("CMStochastic", "DDPMWuerstchen", "EDM", "KarrasVe", "KDPM2", "MiniMaxH3", "ScoreSdeVe")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind, settings", list(noising_schedulers()))
+def test_every_scheduler_of_diffusers_is_equalled_or_refused(kind, settings):
+    scheduler = kind(**settings)
+    scheduler.set_timesteps(20)
+    x, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    refused = kind.__name__.startswith(REFUSED) or any(s in schedule.OWN_SIGMAS for s in settings)
+    refused = refused or "interpolation_type" in settings or "timestep_type" in settings
+    if kind.__name__.startswith("FlowMatch"):  # their timesteps are their sigmas, whichever these are
+        refused = False
+    n = len(scheduler.timesteps)
+    for i in range(0, n - 1, max(1, n // 10)):
+        scheduler._step_index = None
+        t = scheduler.timesteps[i : i + 1].expand(3)
+        if refused:
+            with pytest.raises(ValueError, match="schedule: .* give|t: .* give"):
+                ops.add_noise(x, t, scheduler, eps)
+        else:
+            expected = own_noise(scheduler, x, t, eps)
+            torch.testing.assert_close(ops.add_noise(x, t, scheduler, eps)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tables_set_by_hand_are_refused():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(timesteps=[900.0, 500.0, 100.0])  # shifts the sigmas, not the timesteps
+    with pytest.raises(ValueError, match="sigmas are not its timesteps / 1000"):
+        ops.add_noise(LIKE, 500, scheduler)
+
+
+def test_numpy_numbers():
+    for t in (np.int64(500), np.int32(500)):
+        assert torch.equal(schedule.alpha_sigma(ABAR, t, LIKE)[0], schedule.alpha_sigma(ABAR, 500, LIKE)[0])
+    pair = schedule.alpha_sigma((np.float32(0.5), np.int64(2)), None, LIKE)
+    assert [float(v) for v in pair] == [0.5, 2.0]
+    assert float(schedule.alpha_sigma("flow", np.float64(0.25), LIKE)[1]) == 0.25
 
 
 def test_flow_by_sigma():

@@ -294,6 +294,20 @@ def test_predictions_made_under_inference_mode():
         assert x0.grad.any()
 
 
+def test_inference_tensors_under_compile():
+    """A compiled graph cannot ask what its input is: autograd's error says to clone it, and a clone serves."""
+    x, *_, t = sample((2, 3, 4, 4))
+    x.requires_grad_()
+    with torch.inference_mode():
+        pred = torch.randn(2, 3, 4, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, pred: ops.sds_loss(x, pred, stream(2), t, ABAR), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward.*clone"):
+        compiled(x, pred)
+    graph, plain = (torch.autograd.grad(f(x, pred.clone()), x)[0] for f in (compiled, compiled._torchdynamo_orig_callable))
+    assert torch.equal(plain, graph)
+
+
 def test_the_noise_is_never_stored():
     """What forward keeps for backward is pred and vectors over the batch; no tensor of noise, no residual, no gradient."""
     x, pred, _, _, t = sample((2, 4, 16, 16))
@@ -345,6 +359,15 @@ def test_guidance_ends_are_exact(dtype, device):
             found = ops.sds_loss(x, (uncond, cond), eps, t, ABAR.to(device), guidance_scale=scale, form=form, **how)
             plain = ops.sds_loss(x, expected, eps, t, ABAR.to(device), **how)
             assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+
+
+def test_guidance_of_two_dtypes():
+    """The result's dtype is the promoted one, at every scale."""
+    _, uncond, cond, _, _ = sample((2, 3, 4, 5))
+    for low, wide in ((torch.float16, torch.float32), (torch.bfloat16, torch.float64)):
+        for scale in (0, 0.2, 1, 7.5):
+            for pair in ((uncond.to(low), cond.to(wide)), (uncond.to(wide), cond.to(low))):
+                assert ops.guide(pair, scale).dtype == wide
 
 
 def test_guide_is_differentiable():
@@ -439,6 +462,12 @@ def test_what_is_not_finite(dtype, device):
         loss, grad = gradient(policy)
         assert torch.equal(grad[rest], gradient("propagate")[1][rest])
         assert grad[0, 0, 0, 0] == nan and grad[0, 0, 0, 1] == inf and grad[2, 1, 1, 1] == -inf
+        assert loss.isfinite() or dtype == torch.float32
+    for value in ops.VALUES:  # what is not finite is left out of the value
+        how = dict(reduction="sum", value=value)
+        kept = ops.sds_loss(x, torch.where(rest, pred, eps), eps, t, abar, **how)
+        for policy in ("clamp", "zero"):
+            assert torch.equal(ops.sds_loss(x, pred, eps, t, abar, nonfinite=policy, **how), kept)
     clipped = gradient("clamp", 0.5)[1]
     assert clipped.abs().max() == 0.5 and clipped[0, 0, 0, 1] == 0.5 and gradient("clamp", 0.5)[0].isfinite()
     loss, grad = gradient("drop_sample")
@@ -482,7 +511,7 @@ def test_weights_by_rank_and_by_function():
     alpha, sigma = ABAR[t].sqrt(), (1 - ABAR[t]).sqrt()
     for weighting, expected in (
         (ops.power(2, -1), alpha**2 / sigma),
-        (ops.min_snr(3.0), (alpha / sigma).square().clamp(max=3) / (alpha / sigma).square()),
+        (ops.min_snr(3.0, "eps"), (alpha / sigma).square().clamp(max=3) / (alpha / sigma).square()),
         (ops.min_snr(3.0, "v"), (alpha / sigma).square().clamp(max=3) / ((alpha / sigma).square() + 1)),
         (lambda a, s: torch.full_like(a, 2.0), torch.full((4,), 2.0)),
     ):
@@ -490,8 +519,20 @@ def test_weights_by_rank_and_by_function():
         torch.testing.assert_close(grad, expected.view(4, 1, 1, 1) * (pred - eps), rtol=1e-5, atol=1e-6)
 
 
+def test_min_snr_by_name_is_min_snr_of_preds_space():
+    x, pred, _, eps, t = sample((4, 3, 4, 4))
+    for kind in ops.PREDICTION_TYPES:
+        by_name, by_call = (
+            ops.denoising_loss(pred, eps, t, ABAR, x0=x, prediction_type=kind, weighting=w)
+            for w in ("min_snr", ops.min_snr(5, kind))
+        )
+        assert torch.equal(by_name, by_call)
+    with pytest.raises(TypeError, match="prediction_type"):
+        ops.min_snr(5)
+
+
 def test_min_snr_without_signal():
-    assert ops.min_snr(5)(torch.zeros(1), torch.ones(1)) == 1
+    assert ops.min_snr(5, "epsilon")(torch.zeros(1), torch.ones(1)) == 1
 
 
 def test_samples_of_one_number():
@@ -525,7 +566,11 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.sds_loss(X, X, X[:, :1], 0, ABAR), "ref: shape"),
         (lambda: ops.sds_loss(X, X, None, 0, ABAR), "ref: a tensor or a Noise"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="noise"), "prediction_type: one of 'epsilon'"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type=["v"]), "prediction_type: one of 'epsilon'"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, prediction_type="sample"), "x_t: required"),
+        (lambda: ops.sds_loss(X, X, X, 0, ABAR, x_t=5, prediction_type="sample"), "x_t: a tensor .* got int"),
+        (lambda: ops.denoising_loss(X, X, 0.5 * torch.ones(2).requires_grad_(), "flow"), "t: a constant here"),
+        (lambda: ops.convert(X, X, 0.5 * torch.ones(2).requires_grad_(), "flow", source="v", target="x0"), "t: a constant"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting="one"), "weighting: one of"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, x_t=X, weighting="x0_error_sample"), "weighting: one of"),
         (lambda: ops.sds_loss(X, X, X, 0, ABAR, weighting=torch.ones(3)), r"weighting: shape \(3,\)"),
