@@ -470,7 +470,7 @@ def attention(q, k, v, scale=None):
     Raises: ValueError naming the argument.
     Numerics: fp32 sums and softmax; fp16 and bf16 products take probabilities and their gradients rounded to that dtype;
         float64 stays float64. Deterministic.
-    Cost: forward 88 B H L S multiply-adds, backward 308. Saves q, k, v, y and one fp32 number a query. The twin (fp64, and
+    Cost: forward 88 B H L S multiply-adds, backward 312. Saves q, k, v, y and one fp32 number a query. The twin (fp64, and
         the CPU) holds B H L S scores. Not yet measured on a GPU.
     Source: Vaswani et al. 2017; Dao 2023 (arXiv 2307.08691) for the order of summation.
     """

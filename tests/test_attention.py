@@ -92,7 +92,7 @@ def test_peaked_softmax(device):
 
 @pytest.mark.parametrize("device", testing.devices())
 def test_properties(device):
-    q, k, v, g = sample(33, 45, torch.float32, device, batch=2)
+    q, k, v, g = sample(17, 33, torch.float32, device, batch=2)
     y, *gradients = both(ops.attention, q, k, v, g)
     again = both(ops.attention, q, k, v, g)
     assert all(torch.equal(one, other) for one, other in zip((y, *gradients), again))  # no atomics
@@ -102,7 +102,7 @@ def test_properties(device):
     tripled = both(ops.attention, q, k, v, 3 * g)
     for one, other in zip(gradients, tripled[1:]):
         torch.testing.assert_close(3 * one, other)
-    order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(device)
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(0)).to(device)
     torch.testing.assert_close(ops.attention(q, k[:, :, order], v[:, :, order]), y)  # keys are a set
     torch.testing.assert_close(ops.attention(q, k, torch.ones_like(v)), torch.ones_like(q))  # weights sum to one
     constant = torch.autograd.grad(ops.attention(q, k, torch.ones_like(v)), (q, k), g)

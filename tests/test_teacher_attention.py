@@ -188,6 +188,20 @@ def test_the_scores_count_against_math(monkeypatch):
     probe.probe.cache_clear()
 
 
+def test_where_nothing_is_right_all_is_left_alone(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "flash", Backend(BACKENDS["flash"].attend, ()))
+    monkeypatch.setattr(probe, "SCORES_BYTES", 0)
+    probe.probe.cache_clear()
+    net = unet()
+    before = processors(net)
+    choices, undo = attention.attach(net)
+    undo()
+    attention.verify(net, choices)
+    assert all("left alone; flash: no operator for cpu" in str(c) and c.refused.keys() == BACKENDS.keys() for c in choices)
+    assert all(processors(net)[n] is p for n, p in before.items())
+    probe.probe.cache_clear()
+
+
 def test_probed_once_a_process(monkeypatch):
     probe.probe.cache_clear()
     attention.attach(unet())

@@ -71,7 +71,8 @@ class Processor:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
 
         q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        q, k, v = (x.view(batch, -1, attn.heads, k.shape[-1] // attn.heads).transpose(1, 2) for x in (q, k, v))
+        width = k.shape[-1] // attn.heads
+        q, k, v = (x.view(batch, -1, attn.heads, width).transpose(1, 2) for x in (q, k, v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if attention_mask is None:
