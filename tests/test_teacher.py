@@ -293,3 +293,25 @@ def test_on_a_gpu_an_embedding_depends_on_no_neighbour(folder, dtype):
     latents = teacher.encode(tiny.pixels(2))
     with torch.autocast("cuda", torch.float16):
         assert torch.equal(teacher.encode(tiny.pixels(2)), latents) and latents.is_cuda
+
+
+def test_a_recipe_says_how_the_unet_is_accelerated(folder):
+    from fastsds.config import load_recipe
+
+    made = {}
+    for name, sets in (
+        ("plain", ()), ("off", ("teacher.accelerate=false",)), ("on", ("teacher.accelerate=true",)),
+        ("kept", ("teacher.accelerate=true", "teacher.attention=keep", "teacher.checkpoint=true")),
+    ):  # fmt: skip
+        recipe = load_recipe(None, [f"teacher.path={folder}", *sets])
+        made[name] = Teacher.of(recipe, torch.device("cpu"))
+    assert made["plain"].acceleration is None and made["off"].acceleration is None  # auto: not on the CPU
+    z, t, text = torch.randn(2, *tiny.LATENT), torch.tensor([3, 900]), made["plain"].embed(["a red ring", "the blue cross"])
+    expected = made["plain"].predict(z, t, text)
+    for name in ("on", "kept"):
+        torch.testing.assert_close(made[name].predict(z, t, text), expected, rtol=1e-4, atol=1e-5)
+        assert "replaced:" in str(made[name].acceleration)
+    assert "checkpoints" in str(made["kept"].acceleration) and not made["kept"].acceleration.attention
+    assert made["on"].acceleration.attention
+    with pytest.raises(ValueError, match="attention"):
+        Teacher.of(load_recipe(None, ["teacher.accelerate=true", "teacher.attention=flashiest"]), torch.device("cpu"))
