@@ -304,7 +304,8 @@ REFUSED = {
     "channels": ({"vae/config.json": {"latent_channels": 16}}, "the unet takes 4 latent channels, the vae gives 16"),
     "another text model": ({"text_encoder/config.json": {"model_type": "t5"}}, "text_encoder: it is t5, expected clip"),
     "text width": ({"text_encoder/config.json": {"hidden_size": 96}}, "the text_encoder is 96 wide, the unet expects 64"),
-    "vocabulary": ({"text_encoder/config.json": {"vocab_size": 100}}, "the tokenizer has 49408 tokens, its text encoder 100"),
+    "vocabulary": ({"text_encoder/config.json": {"vocab_size": 100}}, "has 49408 tokens, its text encoder 100"),
+    "captions": ({"text_encoder/config.json": {"max_position_embeddings": 70}}, "has 77 tokens a caption, .* encoder 70"),
     "sizes": ({"unet/config.json": {"block_out_channels": [32, 32, 96]}}, r"unet: tensor .* by its config.json \("),
     "text sizes": ({"text_encoder/config.json": {"intermediate_size": 96}}, r"text_encoder: tensor .* by its config.json \("),
     "a flow": ({"scheduler/scheduler_config.json": {"prediction_type": "flow"}}, "prediction_type is 'flow', expected one of"),
@@ -314,7 +315,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_sd_is_refused(changed, case, capfd):
     values, message = REFUSED[case]
-    with pytest.raises(ConfigError, match=f"changed: {message}") as caught:
+    with pytest.raises(ConfigError, match=f"changed: (the tokenizer )?{message}") as caught:
         Teacher.load(changed(values))
     assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
 
@@ -359,6 +360,18 @@ def test_a_file_of_another_model_is_refused(made, tmp_path, case):
     change, message = OTHER_FILES[case]
     with pytest.raises(ConfigError, match=f"teacher file .*other.safetensors: .*{message}"):
         Teacher.load(edited(made[1][1], tmp_path / "other.safetensors", change))
+
+
+def test_an_sdxl_file_is_named_as_one(made, tmp_path):
+    """Its projections are SD 2.x's, its text encoders are elsewhere."""
+
+    def change(tensors):
+        for key in [k for k in tensors if k.startswith("cond_stage_model.")]:
+            tensors[key.replace("cond_stage_model", "conditioner.embedders.1")] = tensors.pop(key)
+        tensors[UNET + "label_emb.0.0.weight"] = torch.zeros(8, 8)
+
+    with pytest.raises(ConfigError, match="xl.safetensors: unet: an SDXL UNet"):
+        Teacher.load(edited(made[2][1], tmp_path / "xl.safetensors", change))
 
 
 def test_truncated_files_are_named(made, changed, tmp_path):

@@ -16,14 +16,6 @@ PARTS = ("unet", "text", "vae")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HUB = "hf-hub:"
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-TEXT_TYPE = "clip_text_model"
-NEEDED = {
-    "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim"),
-    "vae": ("latent_channels", "block_out_channels"),
-    "text": ("hidden_size", "vocab_size"),
-}
-SUPPORTED = "Stable Diffusion 1.x and 2.x, text to image, are supported"
 
 
 def load_parts(
@@ -48,15 +40,19 @@ def load_parts(
         raise ValueError(f"parts: {parts}, expected some of {PARTS}")
     _check_device(torch.device(device), dtype)
     source = _source(path, parts, prediction_type)
+    configs = _configs(source, parts)
     schedule = source.schedule()
     kind = schedule["prediction_type"] = prediction_type or schedule.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ConfigError(f"{source.where}: prediction_type is {kind!r}, expected one of {', '.join(PREDICTIONS)}")
-    configs = {part: source.config(part) for part in PARTS if part != "text" or "text" in parts}
-    _check(source.where, configs)
     tokenizer = source.tokenizer() if "text" in parts else None
-    if tokenizer is not None and len(tokenizer) > (size := configs["text"]["vocab_size"]):
-        raise ConfigError(f"{source.where}: the tokenizer has {len(tokenizer)} tokens, its text encoder {size}")
+    if tokenizer is not None:
+        for name, ours, theirs in (
+            ("tokens", len(tokenizer), configs["text"]["vocab_size"]),
+            ("tokens a caption", tokenizer.model_max_length, configs["text"]["max_position_embeddings"]),
+        ):
+            if ours > theirs:
+                raise ConfigError(f"{source.where}: the tokenizer has {ours} {name}, its text encoder {theirs}")
     loaded = {part: source.model(part, torch.float32 if (part, dtype) == ("vae", torch.float16) else dtype) for part in parts}
     for model in loaded.values():
         model.requires_grad_(False).eval()
@@ -108,7 +104,7 @@ def _local(path: str | Path) -> Path:
         path = world.TEACHER
     path = Path(path)
     if path.is_file() and path.suffix != ".safetensors":
-        raise ConfigError(f"teacher.path: {path} is not a .safetensors file; a pickled checkpoint is not read: convert it")
+        raise ConfigError(f"teacher.path: {path} is not a .safetensors file; pickles are not read: convert it first")
     if not path.exists():
         raise ConfigError(
             f"teacher.path: {path} does not exist (expected a diffusers folder, a .safetensors file, or {HUB}ORG/NAME)"
@@ -163,38 +159,46 @@ def _patterns(parts: tuple[str, ...]) -> tuple[list[str], list[str]]:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def _check(where: str, configs: dict[str, dict]) -> None:
-    """Raise ConfigError unless the parts are those of a latent text-to-image model, and fit each other."""
+def _configs(source: Folder | SingleFile, parts: tuple[str, ...]) -> dict[str, dict]:
+    """The parts' configurations; ConfigError unless they are of a latent text-to-image model, and fit each other."""
+    where = source.where
+
+    def read(part: str, class_key: str, expected: str, *needed: str) -> dict:
+        config = source.config(part)
+        if (kind := config.get(class_key, expected)) != expected:
+            refuse(part, f"it is {kind}, expected {expected}")
+        for key in needed:
+            if key not in config:
+                raise ConfigError(f"{where}: {NAMES[part]}: its configuration has no {key}")
+        return config
 
     def refuse(part: str, what: str):
-        raise ConfigError(f"{where}: {NAMES[part]}: {what}: {SUPPORTED}")
+        raise ConfigError(f"{where}: {NAMES[part]}: {what}: Stable Diffusion 1.x and 2.x, text to image, are supported")
 
-    unet, vae, text = configs["unet"], configs["vae"], configs.get("text")
-    for part, expected in CLASSES.items():
-        if (kind := configs[part].get("_class_name", expected)) != expected:
-            refuse(part, f"it is {kind}, expected {expected}")
-    if text is not None and text.get("model_type", TEXT_TYPE) != TEXT_TYPE:
-        refuse("text", f"it is {text['model_type']}, expected {TEXT_TYPE}")
-    for part, keys in NEEDED.items():
-        if part in configs and (absent := [key for key in keys if key not in configs[part]]):
-            raise ConfigError(f"{where}: {NAMES[part]}: its configuration has no {absent[0]}")
+    needed = ("sample_size", "in_channels", "out_channels", "cross_attention_dim")
+    unet = read("unet", "_class_name", "UNet2DConditionModel", *needed)
     if unet.get("addition_embed_type") == "text_time":
         refuse("unet", "an SDXL UNet, which also asks for pooled text and image sizes")
     for key in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if unet.get(key) is not None:
             refuse("unet", f"{key} is {unet[key]!r}: a UNet that asks for more than a caption")
-    channels, given = unet["in_channels"], unet["out_channels"]
+    channels, given, width = unet["in_channels"], unet["out_channels"], unet["cross_attention_dim"]
     if channels != given:
         kind = {9: ", an inpainting UNet"}.get(channels, "")
         refuse("unet", f"it takes {channels} channels and gives {given}{kind}; expected as many as it gives")
-    if channels != vae["latent_channels"]:
-        latents = vae["latent_channels"]
-        raise ConfigError(f"{where}: the unet takes {channels} latent channels, the vae gives {latents}: not of one model")
-    if text is not None and text["hidden_size"] != unet["cross_attention_dim"]:
-        width, expected = text["hidden_size"], unet["cross_attention_dim"]
-        raise ConfigError(f"{where}: the text_encoder is {width} wide, the unet expects {expected}: not of one model")
     if not isinstance(unet["sample_size"], int):
         raise ConfigError(f"{where}: unet: sample_size is {unet['sample_size']!r}, expected an integer")
+    vae = read("vae", "_class_name", "AutoencoderKL", "latent_channels", "block_out_channels")
+    if channels != (latents := vae["latent_channels"]):
+        raise ConfigError(f"{where}: the unet takes {channels} latent channels, the vae gives {latents}: not of one model")
+    if "text" not in parts:
+        return {"unet": unet, "vae": vae}
+    text = read("text", "model_type", "clip_text_model", "hidden_size", "vocab_size", "max_position_embeddings")
+    if text["hidden_size"] != width:
+        raise ConfigError(
+            f"{where}: the text_encoder is {text['hidden_size']} wide, the unet expects {width}: not of one model"
+        )
+    return {"unet": unet, "vae": vae, "text": text}
 
 
 def _check_device(device: torch.device, dtype: torch.dtype) -> None:

@@ -33,8 +33,9 @@ SPEC = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction
 class SingleFile:
     """The parts of one file, as `load_parts` asks for them.
 
-    prediction_type: what the user says, or None. An SD 1.x file predicts epsilon; an SD 2.x file does not tell, unless
-    it has Stability's model metadata (modelspec.*): then it is None.
+    prediction_type: what the user says; else what Stability's model metadata (modelspec.*) say, which few files have;
+    else epsilon for SD 1.x, and for SD 2.x None: it is not known. The size of its images comes from the metadata; else it
+    is 512 pixels, and 768 for an SD 2.x that predicts v.
     """
 
     def __init__(self, path: Path, prediction_type: str | None = None):
