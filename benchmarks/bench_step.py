@@ -239,7 +239,9 @@ def test_step(network, device, benchmark, side_by_side):
     }
     work = floors(network, device)
     flop = {name: work.get(name, work["full"]) for name in providers}
-    side_by_side(providers, flop=flop, samples=BATCH, dtype=network.dtype)
+    clip = "ViT-B/16" if GPU else "the embedded world's CLIP"
+    of = f"One step of {BATCH} pairs, {clip} and {network.name}; LayerNorms and h_w train."
+    side_by_side(providers, flop=flop, samples=BATCH, dtype=network.dtype, of=of)
 
 
 def check(network, device):

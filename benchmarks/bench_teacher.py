@@ -8,10 +8,12 @@
 Diffusion v1's size, where no memory is needed to count it.
 """
 
+import contextlib
 import functools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsds import testing
@@ -106,7 +108,8 @@ def test_unet(backward, batch, network, device, benchmark, side_by_side):
         name: change if isinstance(change, str) else call(network, device, batch, backward, change)
         for name, change in changes(device, not benchmark.disabled).items()
     }
-    side_by_side(providers, flop=flop(network, device, batch, backward), samples=batch, dtype=network.dtype)
+    of = f"{network.name}, {batch} latents, {'forward and backward to the latents' if backward else 'forward'}."
+    side_by_side(providers, flop=flop(network, device, batch, backward), samples=batch, dtype=network.dtype, of=of)
 
 
 def test_ablation(network, device, side_by_side):
@@ -116,9 +119,36 @@ def test_ablation(network, device, side_by_side):
         how[name] = functools.partial(accelerate_unet, **kwargs)
         check(network, device, True, how[name])
     providers = {name: call(network, device, batch, True, change) for name, change in how.items()}
-    rows = side_by_side(providers, flop=flop(network, device, batch, True), samples=batch, dtype=network.dtype)
+    of = f"{network.name}, {batch} latents, forward and backward to the latents: each idea alone, then all."
+    rows = side_by_side(providers, flop=flop(network, device, batch, True), samples=batch, dtype=network.dtype, of=of)
     for name, change in how.items():
         unet = network.make()
         change(unet)
         z, t, text = inputs(network, device, batch, True)
         rows[name]["held"] = testing.held_for_backward(lambda: unet(z, t, encoder_hidden_states=text).sample, unet)  # noqa: B023
+
+
+def test_activations(benchmark):
+    """No memory is needed to count them: tensors without storage, attention as flash attention keeps it (q, k, v, out, lse)."""
+    from diffusers import UNet2DConditionModel
+
+    rows, default = [], torch.get_default_dtype()
+    cases = {
+        "plain": (32, None), "ours": (32, {}), "ours, checkpointed": (32, dict(checkpoint=True)),
+        "ours, 8 at a time": (8, {}), "ours, checkpointed, 8 at a time": (8, dict(checkpoint=True)),
+    }  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).requires_grad_(False).eval()
+        finally:
+            torch.set_default_dtype(default)
+        for name, (batch, how) in cases.items():
+            z = torch.randn(batch, 4, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+            t, text = torch.arange(batch), torch.randn(batch, 77, 768, dtype=torch.bfloat16)
+            with accelerate_unet(unet, attention=None, **how) if how is not None else contextlib.nullcontext():
+                held = testing.held_for_backward(lambda: unet(z, t, text).sample, unet)  # noqa: B023
+            rows.append({"provider": name, "held": held})
+    of = "What autograd holds of 32 latents (4x64x64, bf16) in Stable Diffusion v1's UNet, without weights: counted, not timed."
+    benchmark.extra_info |= {"providers": rows, "of": of}
+    benchmark.pedantic(lambda: None, rounds=1)

@@ -128,15 +128,15 @@ def matmul_flop_per_s(device, dtype):
 
 @pytest.fixture
 def side_by_side(benchmark, device):
-    """side_by_side(providers, flop, samples, dtype): the same work by several providers, in one benchmark.
+    """side_by_side(providers, flop=, samples=, dtype=, of=): the same work by several providers, in one benchmark.
 
     providers: name -> a function that makes what is timed (models, inputs), or the reason (a text) why there is none here. What
-    it makes may have a method `split`, which is asked afterwards. flop: of one call, or one number a provider. On CUDA one
-    provider lives at a time, and the device's own time counts; one that does not fit says so. On the CPU all live at once and
-    take turns, so that what else the machine does falls on all alike.
+    it makes may have a method `split`, which is asked afterwards. flop: of one call, or one number a provider. of: what the
+    work is. On CUDA one provider lives at a time, and the device's own time counts; one that does not fit says so. On the CPU
+    all live at once and take turns, so that what else the machine does falls on all alike.
     """
 
-    def run(providers, *, flop, samples, dtype, rounds=9):
+    def run(providers, *, flop, samples, dtype, of, rounds=9):
         rows, made = {}, {}
         for name, make in providers.items():
             if isinstance(make, str):
@@ -164,7 +164,7 @@ def side_by_side(benchmark, device):
                 row |= {"samples_per_s": samples / seconds, "tflop_per_s": work / seconds * 1e-12}
             row["provider"] = name
         order = [rows[name] for name in providers]
-        benchmark.extra_info |= {"providers": order, "samples": samples, "rounds": rounds, "dtype": str(dtype)}
+        benchmark.extra_info |= {"providers": order, "samples": samples, "rounds": rounds, "of": of}
         benchmark.pedantic(lambda: None, rounds=1)
         return rows
 

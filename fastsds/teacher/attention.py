@@ -43,7 +43,10 @@ class Choice:
         else:
             probe = self.probes[self.backend]
             what = f"{self.backend}, {probe.milliseconds:.3g} ms, {probe.saved_bytes / 2**20:.3g} MiB saved for backward"
-        return where + what + "".join(f"; {name}: {reason}" for name, reason in self.refused.items())
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            reasons.setdefault(reason, []).append(name)
+        return where + what + "".join(f"; {', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 class Processor:
