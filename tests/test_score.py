@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastsds import ops, reference, testing
 from fastsds.kernels import launch, score
@@ -541,6 +542,27 @@ def test_samples_of_one_number():
     for how in (dict(weighting="x0_error"), dict(nonfinite="drop_sample")):
         flat = ops.sds_loss(*(v[:, 0] for v in (x, pred, eps)), t, ABAR, x_t=x_t[:, 0], return_grad=True, **how)[1]
         assert torch.equal(flat[:, None], ops.sds_loss(x, pred, eps, t, ABAR, x_t=x_t, return_grad=True, **how)[1])
+
+
+def test_one_compiled_graph_for_many_numbers():
+    """Two graphs: the first number's, and every other's."""
+    x, pred, *_ = sample((2, 3, 4, 4))
+
+    def seeded(k):
+        stream = ops.Noise(k, ops.draw(ops.Purpose.NOISE, k), [0, 1])
+        return ops.sds_loss(x, pred, stream, k, ABAR) + stream.normal(k).sum() + stream.randint(0, k).sum()
+
+    def levelled(k):
+        noised = ops.add_noise(x, 0.01 * k, "flow", pred)[0]
+        return ops.denoising_loss(pred, noised, 0, (1.0, 0.1 * k)) + ops.guide((x, pred), 1.5 * k).sum()
+
+    for function in (seeded, levelled):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for k in range(2, 13):
+            torch.testing.assert_close(compiled(k), function(k))
+        assert counter.frame_count <= 2
 
 
 def test_one_compiled_graph_for_many_scales():
