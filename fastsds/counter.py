@@ -32,6 +32,7 @@ def draw(purpose, visit):
             one visit a sample (then a tensor comes back).
     Raises: ValueError if either is out of range.
     """
+    purpose = purpose.value if isinstance(purpose, Purpose) else purpose
     purpose = _integer(purpose, "purpose", 0, 1 << 4, "an int in [0, 16)")
     if isinstance(visit, torch.Tensor):
         _integers(visit, "visit")
@@ -120,11 +121,11 @@ class Noise:
 
 
 def _integer(v, name, low, high, expected):
-    """v as an int in [low, high); NumPy's integers are integers, too."""
-    ok = isinstance(v, numbers.Integral) and not isinstance(v, bool)
-    if not ok or not low <= operator.index(v) < high:
+    """v as an int in [low, high). NumPy's are converted; an int of torch.compile must not be: that would pin its value."""
+    i = operator.index(v) if isinstance(v, numbers.Integral) and not isinstance(v, int) else v
+    if isinstance(v, bool) or not isinstance(i, int) or not low <= i < high:
         raise ValueError(f"{name}: {expected} expected, got {v!r}")
-    return operator.index(v)
+    return i
 
 
 def _integers(v, name):

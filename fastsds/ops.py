@@ -261,11 +261,10 @@ def sds_loss(
         y = None
     stream = (seed, draws, ids)
     if nonfinite in ("drop_sample", "raise"):
-        finite = score.sample_sums(pred, other, y, eps, factors, *stream, guidance, True).isfinite()
-        finite = finite & w.view(len(x0), -1).isfinite().all(1)
+        finite = score.sample_sums(pred, other, y, eps, factors, *stream, guidance, False).isfinite()
         if nonfinite == "raise" and not finite.all():
             bad = (~finite).nonzero().flatten().tolist()
-            raise FloatingPointError(f"sds_loss: pred, ref or the weight is not finite in samples {bad} of the batch")
+            raise FloatingPointError(f"sds_loss: w (eps_hat - ref) is not finite in samples {bad} of the batch")
         kept = torch.where(finite[:, None], w.view(len(x0), -1), 0.0).reshape(-1)
         factors = torch.stack([p, q - b, a, kept])
     return _inject(

@@ -151,9 +151,11 @@ def energy(pred, y, eps, factors):
 
 
 def sample_sums(pred, y, eps, factors, other=None, weight=0.0, absolute=True):
-    """[B]: each sample's sum of |r|, or of k r^2."""
+    """[B]: each sample's sum of |r|; or 0 where k r is finite throughout, NaN where it is not."""
     r = residual(pred, y, eps, factors, other, weight)
-    return (r.abs() if absolute else r * r * rows(factors[3].to(r.dtype), r)).reshape(len(r), -1).sum(1)
+    if not absolute:
+        r = rows(factors[3].to(r.dtype), r) * r
+    return (r.abs() if absolute else r - r).reshape(len(r), -1).sum(1)
 
 
 def score(pred, y, eps, factors, other=None, weight=0.0, clip=math.inf, nonfinite="propagate"):

@@ -6,7 +6,6 @@ refused: bf16 alone would move alpha by up to 0.6 %, and half of all timesteps b
 
 import math
 import numbers
-import operator
 
 import torch
 
@@ -165,13 +164,19 @@ def _timesteps(t, like):
     if not isinstance(t, torch.Tensor):
         if isinstance(t, bool) or not isinstance(t, numbers.Real):
             raise ValueError(f"t: an int, a float or a tensor expected, got {type(t).__name__}")
-        if isinstance(t, numbers.Integral):
-            return torch.full((1,) * like.ndim, operator.index(t), dtype=torch.int64)
-        return torch.full((1,) * like.ndim, float(t), dtype=torch.float64)
+        integer = isinstance(t, numbers.Integral)
+        return _filled(t, like.ndim, torch.int64 if integer else torch.float64)
     if t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t: integers or floats expected, got {t.dtype}")
     _check_constant(t, "t", like)
     return _leading(t, "t", like)
+
+
+def _filled(v, rank, dtype, device="cpu"):
+    """A number as a tensor [1, 1, ...]. Added, because torch.full pins a float to its value in a compiled graph."""
+    if not isinstance(v, (int, float)):  # NumPy's
+        v = int(v) if isinstance(v, numbers.Integral) else float(v)
+    return torch.zeros((1,) * rank, dtype=dtype, device=device) + v
 
 
 def _leading(v, name, like):
@@ -198,7 +203,7 @@ def _pair_entry(v, name, like, dtype):
     if not isinstance(v, torch.Tensor):
         if isinstance(v, bool) or not isinstance(v, numbers.Real) or not -math.inf < v < math.inf:
             raise ValueError(f"{name} of the schedule's pair: a finite number or a tensor expected, got {v!r}")
-        return torch.full((1,) * like.ndim, float(v), dtype=dtype, device=like.device)
+        return _filled(v, like.ndim, dtype, like.device)
     _check_factor(v, name, like)
     return _leading(v, name, like).to(like.device, dtype, non_blocking=True)
 

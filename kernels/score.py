@@ -4,7 +4,7 @@
     g = clip(k r)
     denoising_energy = sum k r^2                 dpred = 2 k p r, dy = 2 k q r, deps = -2 k a r
     sds_value        = sum g r / 2 | sum g^2 / 2 | sum g x0                dx0 = g, and nothing else: injected
-    sample_sums      = each sample's sum of |r| or k r^2                   not differentiable: weights, and what to drop
+    sample_sums      = each sample's sum of |r|, or of k r - k r           not differentiable: weights, and what to drop
 
 Shapes: x0, pred, other, y, eps [B, ...] of any strides; other, y, eps may be absent. eps is a tensor or the stream (seed,
 draw, ids), regenerated in registers in forward and in backward and never stored. R = B, or B * F for one value a frame of
@@ -26,8 +26,8 @@ from fastsds.kernels import launch
 from fastsds.kernels.noise import offsets, row_value
 from fastsds.kernels.philox import normal_block
 
-SUMS = {"energy": 0, "target": 1, "dot": 2, "absolute": 3}
-ENERGY, TARGET, DOT, ABSOLUTE = (tl.constexpr(i) for i in SUMS.values())
+SUMS = {"energy": 0, "target": 1, "dot": 2, "absolute": 3, "finite": 4}
+ENERGY, TARGET, DOT, ABSOLUTE, FINITE = (tl.constexpr(i) for i in SUMS.values())
 POLICIES = {"propagate": 0, "zero": 1, "clamp": 2}
 PROPAGATE, ZERO, CLAMP = (tl.constexpr(i) for i in POLICIES.values())
 NO_NOISE, TENSOR, STREAM = (tl.constexpr(i) for i in range(3))
@@ -100,6 +100,8 @@ def _residual_sum_kernel(
             terms = g * r
         elif SUM == TARGET:
             terms = g * g
+        elif SUM == FINITE:
+            terms = g - g  # NaN where g is NaN or infinite
         else:
             x = tl.load(x_ptr + i_b * x_strides[0] * UNIT + offsets(o_i, sizes, x_strides, CONTIGUOUS), mask=m_i)
             terms = g * x.to(tl.float32)
@@ -271,7 +273,7 @@ def _sample_sums_cuda(
 ) -> Tensor:  # fmt: skip
     if factors.dtype == torch.float64:
         return _sample_sums_cpu(pred, other, y, eps, factors, seed, draw, ids, guide, absolute)
-    of = "absolute" if absolute else "energy"
+    of = "absolute" if absolute else "finite"
     return _sums(of, None, pred, other, y, eps, factors, seed, draw, ids, guide).sum(1)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastsds import ops, reference, testing
 from fastsds.kernels import launch, score
@@ -478,6 +479,20 @@ def test_what_is_not_finite(dtype, device):
 
 
 @pytest.mark.parametrize("device", testing.devices())
+def test_what_is_not_finite_once_weighted(device):
+    """The policies judge w (eps_hat - ref): a product that overflows, a weight that is none; not a sum that would."""
+    x = torch.zeros(3, 4, device=device)
+    pred = torch.ones(3, 4, device=device)
+    pred[0, 0], pred[2] = 1e20, 2e38
+    for w in ((1e30, 1.0, 1.0), (float("nan"), 1.0, 1.0), (float("inf"), 1.0, 1.0)):
+        how = dict(weighting=torch.tensor(w, device=device), value="dot", reduction="sum", return_grad=True)
+        grad = ops.sds_loss(x, pred, x, 500, ABAR, nonfinite="drop_sample", **how)[1]
+        assert not grad[0].any() and torch.equal(grad[1:], pred[1:])
+        with pytest.raises(FloatingPointError, match=r"samples \[0\]"):
+            ops.sds_loss(x, pred, x, 500, ABAR, nonfinite="raise", **how)
+
+
+@pytest.mark.parametrize("device", testing.devices())
 @pytest.mark.parametrize("dtype", (*testing.DTYPES, torch.float64))
 def test_one_timestep_a_frame(dtype, device):
     """[B, F] timesteps on video: the gradient of each frame is that of the frame alone, noise by seed included."""
@@ -541,6 +556,27 @@ def test_samples_of_one_number():
     for how in (dict(weighting="x0_error"), dict(nonfinite="drop_sample")):
         flat = ops.sds_loss(*(v[:, 0] for v in (x, pred, eps)), t, ABAR, x_t=x_t[:, 0], return_grad=True, **how)[1]
         assert torch.equal(flat[:, None], ops.sds_loss(x, pred, eps, t, ABAR, x_t=x_t, return_grad=True, **how)[1])
+
+
+def test_one_compiled_graph_for_many_numbers():
+    """Two graphs: the first number's, and every other's."""
+    x, pred, *_ = sample((2, 3, 4, 4))
+
+    def seeded(k):
+        stream = ops.Noise(k, ops.draw(ops.Purpose.NOISE, k), [0, 1])
+        return ops.sds_loss(x, pred, stream, k, ABAR) + stream.normal(k).sum() + stream.randint(0, k).sum()
+
+    def levelled(k):
+        noised = ops.add_noise(x, 0.01 * k, "flow", pred)[0]
+        return ops.denoising_loss(pred, noised, 0, (1.0, 0.1 * k)) + ops.guide((x, pred), 1.5 * k).sum()
+
+    for function in (seeded, levelled):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for k in range(2, 13):
+            torch.testing.assert_close(compiled(k), function(k))
+        assert counter.frame_count <= 2
 
 
 def test_one_compiled_graph_for_many_scales():
@@ -620,6 +656,7 @@ def test_opcheck(device):
     one = torch.ones((), device=device)
     torch.library.opcheck(score.residual_gradient, (pred, None, None, *by_seed, *PLAIN, one, torch.bfloat16, True))
     torch.library.opcheck(score.sample_sums, (pred, y, None, *by_seed, 1.5, True))
+    torch.library.opcheck(score.sample_sums, (pred, y, None, *by_seed, 1.5, False))
 
 
 @only_compiled
@@ -637,11 +674,12 @@ def test_compiles_clean(dtype, arch):
         score._denoising_cuda(x, x, *by_tensor)
         score._sds_cuda(x, x, x, x, *by_tensor, *guided, "dot")
         score._sample_sums_cuda(x, x, x, *by_tensor, 1.5, True)
+        score._sample_sums_cuda(x, x, x, *by_tensor, 1.5, False)
         score._gradient_cuda(x, None, None, *by_seed, *PLAIN, one, dtype, False)
         score._gradient_cuda(x, None, x, *by_frame, *PLAIN, one, dtype, False)
         score._gradient_cuda(x, x, x, *by_tensor, *guided, one, dtype, False)
     wide = 2 if dtype == torch.float32 else 1  # accesses a tensor, at eight elements a thread
-    for kernel, inputs, outputs in zip(kernels, (1, 3, 5, 4, 1, 2, 4), (0, 0, 0, 0, 1, 1, 1), strict=True):
+    for kernel, inputs, outputs in zip(kernels, (1, 3, 5, 4, 4, 1, 2, 4), (0, 0, 0, 0, 0, 1, 1, 1), strict=True):
         testing.assert_clean(kernel, loads=wide * inputs, stores=wide * outputs)
 
 
