@@ -74,9 +74,10 @@ class Acceleration:
 
     def _set(self, owner, name, value):
         """owner.name = value, to be undone."""
-        had = name == "__class__" or name in vars(owner)
-        before = functools.partial(setattr, owner, name, getattr(owner, name)) if had else functools.partial(delattr, owner, name)
-        self._undo.append(before)
+        if name == "__class__" or name in vars(owner):
+            self._undo.append(functools.partial(setattr, owner, name, getattr(owner, name)))
+        else:
+            self._undo.append(functools.partial(delattr, owner, name))
         setattr(owner, name, value)
 
 
@@ -112,10 +113,12 @@ def accelerate_unet(
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f"unet: a diffusers UNet2DConditionModel expected, got {type(unet).__name__}")
     if "_acceleration" in vars(unet):
-        raise ValueError("unet: accelerated already; undo() that first")
+        raise ValueError("unet: accelerated already, or a copy of one that was; undo() that first")
     for name, parameter in unet.named_parameters():
         if parameter.requires_grad:
             raise ValueError(f"unet: parameter {name} requires a gradient; unet.requires_grad_(False) freezes it")
+        if parameter.is_inference():
+            raise ValueError(f"unet: parameter {name} was made under inference_mode and is lost to autograd; load it outside")
     parts = FUSED if fused is True else () if fused is False else fused
     if not isinstance(parts, tuple) or any(part not in FUSED for part in parts):
         raise ValueError(f"fused: True, False or a tuple of some of {', '.join(map(repr, FUSED))} expected, got {fused!r}")
@@ -210,7 +213,7 @@ def _foreign_resnet(module) -> str | None:
     from diffusers.models.resnet import ResnetBlock2D
 
     if type(module) is not ResnetBlock2D:
-        return "its norms depend on the time step"
+        return "a class of its own, whose norms may depend on the time step"
     if module.time_embedding_norm != "default":
         return f"time_embedding_norm {module.time_embedding_norm!r} stands between norm and activation"
     if type(module.nonlinearity) is not nn.SiLU:
@@ -242,8 +245,8 @@ def _plan_convolutions(unet):
 
     for name, module in unet.named_modules():
         if isinstance(module, nn.Conv2d):
-            fits = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-            why = "does not keep its input" if fits else "not a plain convolution with a given padding of zeros"
+            fits = type(module) is nn.Conv2d and not isinstance(module.padding, str)
+            why = "does not keep its input" if fits else "of another class, or its padding is a word"
             yield name, module, frozen.FrozenConv2d if fits else None, why
 
 
