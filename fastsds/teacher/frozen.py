@@ -46,7 +46,10 @@ class _Convolution(torch.autograd.Function):
 class FrozenConv2d(nn.Conv2d):
     def forward(self, x):
         _frozen(self.weight)
-        return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        padding = self.padding
+        if self.padding_mode != "zeros":  # "circular" makes textures that tile
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), (0, 0)
+        return _Convolution.apply(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class FusedGroupNorm(nn.GroupNorm):

@@ -60,7 +60,7 @@ class Graphs:
             if key not in self.recordings and len(self.recordings) == MAX_GRAPHS:
                 reason = f"{MAX_GRAPHS} other shapes are recorded"
         if reason is not None:
-            warnings.warn(f"CUDA graphs: {reason}; the UNet runs without", stacklevel=3)
+            warnings.warn(f"CUDA graphs: {reason}; the UNet runs without", stacklevel=4)
             return self.forward(*inputs, *args, return_dict=return_dict, **options)
         if key not in self.recordings:
             self.recordings[key] = _Recording(self.forward, inputs, grad)
