@@ -239,6 +239,13 @@ def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, buil
     assert not (tmp_path / "run" / "bank").exists()
 
 
+def test_a_bank_in_the_runs_own_folder_outlives_the_run(base, built, tmp_path):
+    """`bank.path` may be OUTPUT/bank, where a run keeps the targets that it makes for itself."""
+    shutil.copytree(built[1], tmp_path / "run" / "bank")
+    train(base, tmp_path / "run" / "bank", tmp_path / "run", f"bank.refresh_every={DRAWS}", "steps=20")  # 9 epochs
+    assert files(tmp_path / "run" / "bank") == files(built[1])
+
+
 def test_cached_embeddings_serve_sds_and_leave_the_text_encoder_unread(base, built, tmp_path):
     sets = runs.sets(*SETS[1:], "loss.gradient=sds", "steps=5")
     losses = {}

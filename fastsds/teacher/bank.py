@@ -14,6 +14,7 @@ one before last: a bank is only read by training, so runs share it.
 """
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -90,7 +91,14 @@ class Bank:
 
     def close(self) -> None:
         """Delete the targets that the run made for itself."""
-        shutil.rmtree(self.refreshed, ignore_errors=True)
+        for g in range(1, 1 + max(self._generations, default=0)):
+            self._drop(g)
+        with contextlib.suppress(OSError):  # not there, or something else lies in it
+            self.refreshed.rmdir()
+
+    def _drop(self, g: int) -> None:
+        if g > 0:  # generation 0 is the bank's, wherever that lies
+            shutil.rmtree(_generation_folder(self.refreshed, g), ignore_errors=True)
 
     def _check(self, ids: torch.Tensor, captions: list[str]) -> None:
         for row, digest, caption in zip(ids.tolist(), self.cache.read("caption", ids).tolist(), captions, strict=True):
@@ -105,7 +113,7 @@ class Bank:
                 if self.teacher is None:
                     raise self._unfinished(folder.name)
                 fill_generation(parent, self.cache, self.teacher, g, self.rank, self.world)
-            shutil.rmtree(_generation_folder(self.refreshed, g - 2), ignore_errors=True)  # every rank is an epoch past it
+            self._drop(g - 2)  # every rank is an epoch past it
             self._generations.pop(g - 2, None)
             self._generations[g] = Shards.open(folder)
         return self._generations[g]
