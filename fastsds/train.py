@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     make_deterministic(place)
 
     # The frozen teacher, the student, the data.
-    from fastsds.data.sampler import load_batch
+    from fastsds.data.sampler import last_epoch, load_batch
     from fastsds.data.sources import open_source
     from fastsds.recipes.head import init_head
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         bank.attach(source, teacher if recipe.bank.refresh_every else None, rank, world_size)
 
     def load(step: int, micro: int, rank: int = rank, world: int = world_size):
+        if bank:
+            bank.reach(last_epoch(step, micro, data.batch, len(source), data.accumulation))
         return load_batch(
             source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
             image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,

@@ -239,6 +239,22 @@ def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, buil
     assert not (tmp_path / "run" / "bank").exists()
 
 
+def test_all_ranks_make_new_targets_at_the_same_batch(base, built, tmp_path, monkeypatch):
+    """Also a rank whose own part of that batch is still in the epoch before: else it waits while the others work."""
+    reached, reach, sets = [], bank.Bank.reach, (f"bank.refresh_every={DRAWS}", f"output={tmp_path}")
+    monkeypatch.setattr(bank.Bank, "reach", lambda self, epoch: reached.append(epoch) or reach(self, epoch))
+    train(base, built[1], tmp_path / "run", *sets, "steps=8")
+    assert reached == [((k + 1) * 16 - 1) // ROWS for k in range(16)] and reached[-1] == DRAWS
+    recipe = recipe_of(base, built[1], *sets)
+    found = opened(recipe, teacher=Teacher.load(recipe.teacher.path, parts=("unet",)))
+    found.reach(DRAWS - 1)
+    assert not (tmp_path / "bank").exists()
+    found.reach(DRAWS)
+    assert not Shards.open(tmp_path / "bank" / "generation_0001").missing()
+    fixed = opened(recipe_of(base, built[1]))
+    fixed.reach(DRAWS)  # the same targets for the whole run: nothing to make, and nobody who could
+
+
 def test_a_bank_in_the_runs_own_folder_outlives_the_run(base, built, tmp_path):
     """`bank.path` may be OUTPUT/bank, where a run keeps the targets that it makes for itself."""
     shutil.copytree(built[1], tmp_path / "run" / "bank")

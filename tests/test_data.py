@@ -9,7 +9,7 @@ import torch
 
 from fastsds.config import ConfigError, DataConfig
 from fastsds.data import Batch, Samples
-from fastsds.data.sampler import load_batch, order_of, permutation, positions
+from fastsds.data.sampler import last_epoch, load_batch, order_of, permutation, positions
 from fastsds.data.sources import TSVSource, decode_image, open_source
 
 
@@ -43,6 +43,12 @@ def test_the_parts_of_all_ranks_are_the_batch(world):
         parts = [positions(step, micro, 12, rank, world, 31, 7, accumulation=2) for rank in range(world)]
         for k in range(2):
             assert torch.equal(torch.cat([p[k] for p in parts]), whole[k])
+
+
+def test_the_last_epoch_of_a_batch_is_that_of_its_last_rank():
+    for step, micro in ((0, 0), (1, 0), (2, 1), (9, 1)):
+        found = positions(step, micro, 12, 1, 2, 31, 7, accumulation=2)[1][-1]
+        assert last_epoch(step, micro, 12, 31, 2) == found
 
 
 def test_accumulation_takes_the_next_batch():

@@ -68,6 +68,11 @@ class Bank:
         if teacher is None and self.read == self.targets:
             self._generation(0)
 
+    def reach(self, epoch: int) -> None:
+        """Make the targets of an epoch, if they are still missing. Every rank calls it at the same batch, and does its share."""
+        if self.settings.refresh_every and self.read == self.targets:
+            self._generation(epoch // self.settings.refresh_every)
+
     def targets(self, ids: torch.Tensor, visits: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
         """The targets of pairs at visits, and their alpha-bar.
 
