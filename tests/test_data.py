@@ -228,6 +228,16 @@ def test_a_damaged_image_names_the_file(photographs):
             source.load(torch.tensor([0]))
 
 
+def test_a_table_may_name_images_anywhere_and_still_says_what_it_is(photographs, tmp_path):
+    """Absolute paths outside the table's folder, as open_clip's own tables have them."""
+    (tmp_path / "lists").mkdir()
+    rows = [f"{photographs.parent / 'images' / name}\ta thing" for name in ("coffee.png", "chelsea.png")]
+    (tmp_path / "lists" / "a.tsv").write_text("filepath\ttitle\n" + "\n".join(rows) + "\n")
+    (tmp_path / "b.tsv").write_text("filepath\ttitle\n" + "\n".join(rows[::-1]) + "\n")
+    found, again, other = (TSVSource(tmp_path / name, 16).identity() for name in ("lists/a.tsv", "lists/a.tsv", "b.tsv"))
+    assert found == again != other
+
+
 def test_the_first_samples_are_one_data_set_for_every_seed(photographs):
     two, whole = (open_source(DataConfig(source=str(photographs), samples=n), 32) for n in (2, None))
     assert two.captions == whole.captions[:2] and len(two) == 2
