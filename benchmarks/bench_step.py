@@ -124,7 +124,7 @@ class Ours(Step):
         spans = self.spans
         spans.around(self.engine, "backward", "student")
         spans.around(self.engine, "step", "optimizer")
-        spans.around(self.objective, "_ask", "teacher backward" if gradient == "full" else "loss ops")
+        spans.around(self.objective, "ask", "teacher backward" if gradient == "full" else "loss ops")
         if teacher:
             spans.around(teacher, "predict", "teacher forward")
         self.ops = {name: getattr(ops, name) for name in ("add_noise", "convert", "sds_loss", "denoising_loss")}
