@@ -1,6 +1,6 @@
 """The whole SDS-CLIP step, batch 32: as a careful user of diffusers and open_clip writes it, and ours.
 
-    diffusers                 the paper's loss through the UNet: bf16 autocast, SDPA, AdamW
+    diffusers                 the paper's loss through the UNet: bf16, CLIP by autocast, SDPA, AdamW
     + compile                 the same, UNet and CLIP compiled, channels_last
     + xformers, 8-bit Adam    the same as the first, with xformers' attention and bitsandbytes' AdamW8bit
     full, sds, amortised      ours, made of the trainer's own parts; on a GPU the teacher is accelerated and asked 8 at a time
@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastsds import config, ops, testing
 from fastsds.data import Batch
@@ -124,7 +123,8 @@ class Ours(Step):
         spans = self.spans
         spans.around(self.engine, "backward", "student")
         spans.around(self.engine, "step", "optimizer")
-        spans.around(self.objective, "_ask", "teacher backward" if gradient == "full" else "loss ops")
+        spans.around(self.objective, "contrastive", "student")
+        spans.around(self.objective, "ask", "teacher backward" if gradient == "full" else "loss ops")
         if teacher:
             spans.around(teacher, "predict", "teacher forward")
         self.ops = {name: getattr(ops, name) for name in ("add_noise", "convert", "sds_loss", "denoising_loss")}
@@ -180,22 +180,21 @@ class Careful(Step):
         spans = self.spans
         with spans("data"):
             pixels, tokens = self.pixels.to(self.device), self.tokens.to(self.device)
-        with self.cast:
-            with spans("student"):
-                images = (pixels.float() / 255 - self.mean) / self.std
-                image, text, scale = self.clip(images, tokens)[:3]
-                image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-                clip = self.contrast(image.float(), text.float(), scale)
-                z = self.head(image * image.shape[-1] ** 0.5).unflatten(1, self.network.latent)
-            with spans("loss ops"):
-                z.register_hook(lambda _: spans.rename("student"))
-                t = torch.randint(0, 1000, (BATCH,), device=self.device)
-                eps = torch.randn_like(z)
-                z_t = self.scheduler.add_noise(z, eps, t)
-            with spans("teacher forward"):
-                pred = self.unet(z_t.to(self.network.dtype), t, encoder_hidden_states=self.text).sample
-            with spans("loss ops"):
-                loss = clip + LAMBDA * F.mse_loss(pred.float(), eps.float())
+        with spans("student"), self.cast:
+            images = (pixels.float() / 255 - self.mean) / self.std
+            image, text, scale = self.clip(images, tokens)[:3]
+            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+            clip = self.contrast(image.float(), text.float(), scale)
+            z = self.head(image * image.shape[-1] ** 0.5).unflatten(1, self.network.latent)
+        with spans("loss ops"):
+            z.register_hook(lambda _: spans.rename("student"))
+            t = torch.randint(0, 1000, (BATCH,), device=self.device)
+            eps = torch.randn_like(z)
+            z_t = self.scheduler.add_noise(z, eps, t)
+        with spans("teacher forward"):  # in its own bf16: autocast would run its norms in fp32
+            pred = self.unet(z_t.to(self.network.dtype), t, encoder_hidden_states=self.text).sample
+        with spans("loss ops"):
+            loss = clip + LAMBDA * F.mse_loss(pred.float(), eps.float())
         with spans("teacher backward"):
             loss.backward()
         with spans("optimizer"):
@@ -210,21 +209,14 @@ def scheduler():
     return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
-def counted(make):
-    run = make()
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def floors(network, device):
     """FLOP of a step by gradient, counted by torch on plain modules: CLIP's, and the UNet's at batch 1 times 32."""
-    clip = counted(lambda: Ours(network, device, "amortised"))
+    clip = testing.count_flop(Ours(network, device, "amortised"))
     unet = network.make()
     z = torch.randn(1, *network.latent, device=device, dtype=network.dtype, requires_grad=True)
     text, t = torch.randn(1, *network.text, device=device, dtype=network.dtype), torch.tensor([500], device=device)
-    forward = counted(lambda: torch.no_grad()(lambda: unet(z, t, text).sample))
-    both = counted(lambda: lambda: unet(z, t, text).sample.sum().backward())
+    forward = testing.count_flop(torch.no_grad()(lambda: unet(z, t, text).sample))
+    both = testing.count_flop(lambda: unet(z, t, text).sample.sum().backward())
     return {"full": clip + BATCH * both, "sds": clip + BATCH * forward, "amortised": clip}
 
 

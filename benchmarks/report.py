@@ -69,13 +69,14 @@ def side_by_side(run):
     for row in providers:
         name = row["provider"]
         memory = "" if held not in row else size(row[held])
-        if held in row and row is not first:
+        if held in row and held in first and row is not first:
             memory += f" (x {row[held] / first[held]:.2f})"
         if "skipped" in row:
             rows.append([name, row["skipped"], *[""] * (len(head) - 3), memory])
             continue
+        beside = f"x {row['ms'] / first['ms']:.2f}" if "ms" in row and "ms" in first else ""
         timed = [""] * 6 if "ms" not in row else [
-            f"{row['ms']:.3g}", f"x {row['ms'] / first['ms']:.2f}", f"{row['samples_per_s']:.3g}", f"{row['tflop_per_s']:.3g}",
+            f"{row['ms']:.3g}", beside, f"{row['samples_per_s']:.3g}", f"{row['tflop_per_s']:.3g}",
             f"{row['percent_of_peak']:.2g} %", f"{row['floor_ms']:.3g}",
         ]  # fmt: skip
         rows.append([name, *timed, memory])
@@ -162,11 +163,13 @@ def generated(readme):
     runs = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     files = {path.with_suffix(".md"): page(data) for path, data in runs.items()}
     whole = readme.read_text(encoding="utf-8")
-    for mark, block in blocks(runs.values()):
+    measured = dict(blocks(runs.values()))
+    for mark in BLOCKS:
         pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-        if not pattern.search(whole):
+        if mark in measured and not pattern.search(whole):
             raise SystemExit(f"error: {readme} has no block <!-- {mark} -->")
-        whole = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", whole)
+        block = f"{measured[mark]}\n" if mark in measured else ""  # nothing was measured, so nothing is said
+        whole = pattern.sub(lambda found, block=block: f"{found[1]}{block}{found[2]}", whole)
     return {**files, readme: whole}
 
 
@@ -176,6 +179,8 @@ def main(argv):
     elif argv not in ([], ["check"]):
         raise SystemExit(__doc__)
     said = generated(README)
+    if stray := [page.name for page in sorted(RESULTS.glob("*.md")) if page not in said]:
+        raise SystemExit(f"error: {RESULTS}: no run behind {', '.join(stray)}: keep its run, or delete it")
     differs = [path for path in said if not path.is_file() or path.read_text(encoding="utf-8") != said[path]]
     for path in differs:
         print(f"{'differs from its results: ' if argv == ['check'] else 'written: '}{path.relative_to(README.parent)}")

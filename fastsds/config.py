@@ -139,7 +139,8 @@ for _keys, _test, _text in (
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
-    ("output student.model teacher.path teacher.attention data.source", lambda v: bool(v.strip()), "a text that is not empty"),
+    ("output student.model teacher.path teacher.attention bank.path data.source", lambda v: bool(v.strip()),
+     "a text that is not empty"),
 ):
     _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
 

@@ -79,6 +79,20 @@ def held_for_backward(run, *modules):
     return size
 
 
+def count_flop(run):
+    """FLOP of the matrix products and convolutions of run(), its backward pass included if it has one.
+
+    Attention counts as the products it is made of, whichever kernel does them: torch counts none for the CPU's, and a
+    recomputed product for the GPU's.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
 def devices():
     """pytest parameters: "cpu", and "cuda" under the marker `gpu`, skipped with its reason where there is none."""
     import pytest

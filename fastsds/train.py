@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     make_deterministic(place)
 
     # The frozen teacher, the student, the data.
-    from fastsds.data.sampler import load_batch
+    from fastsds.data.sampler import last_epoch, load_batch
     from fastsds.data.sources import open_source
     from fastsds.recipes.head import init_head
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
@@ -97,12 +97,16 @@ def run(args: argparse.Namespace) -> int:
     if bank:
         bank.attach(source, teacher if recipe.bank.refresh_every else None, rank, world_size)
 
-    def load(step: int, micro: int, rank: int = rank, world: int = world_size):
+    running = teacher_parts(loss, recipe.bank)  # without what the head's start alone asks
+
+    def load(step: int, micro: int, rank: int = rank, world: int = world_size, asked: tuple[str, ...] = running):
+        if bank:
+            bank.reach(last_epoch(step, micro, data.batch, len(source), data.accumulation))
         return load_batch(
             source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
             image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,
             negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
-            teacher_size=teacher.image_size if "vae" in parts else None,
+            teacher_size=teacher.image_size if "vae" in asked else None,
             bank=bank and bank.read,
         )  # fmt: skip
 
@@ -121,8 +125,9 @@ def run(args: argparse.Namespace) -> int:
     if saved is None and shape is not None:
         head = recipe.head
         init_head(
-            student, teacher, lambda k: load(k, 0, 0, 1), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
-            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr,
+            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed,
+            samples=head.samples, warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr,
+            micro_batch=recipe.teacher.micro_batch,
         )  # fmt: skip
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.

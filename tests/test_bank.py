@@ -157,7 +157,7 @@ def test_a_bank_of_another_teacher_caption_or_a_damaged_one_is_refused(base, bui
     other = tiny.save_teacher(tmp_path / "other", scale=0.25)
     unet = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
     unet.write_bytes(unet.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(ConfigError, match="made with teacher"):
+    with pytest.raises(ConfigError, match="made with teacher unet/diffusion_pytorch_model.safetensors "):
         bank.Bank(recipe_of(base, folder, f"teacher.path={other}"))
     with pytest.raises(ConfigError, match="sample 1 was asked with another caption than 'a red ring'"):
         opened(recipe).read(torch.tensor([1]), torch.tensor([0]), ["a red ring"])
@@ -179,6 +179,31 @@ def test_it_says_what_it_will_cost_and_refuses_a_full_disk(base, tmp_path, capsy
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(ConfigError, match="MiB free, the bank needs"):
         made(base, tmp_path / "other")
+    assert not (tmp_path / "other").exists()  # a smaller bank may be built there
+
+
+def test_a_disk_that_fills_up_all_the_same_keeps_whole_shards(base, tmp_path):
+    """The kernel refuses bytes past a limit, as it does on a full disk."""
+    program = (
+        "import resource, signal, sys; from fastsds import cli; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, -1)); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "bank", "build", "--recipe", str(base)]
+    command += runs.sets(*SETS, f"bank.path={tmp_path}")
+    done = subprocess.run(command, env=_env(), capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "shard_00000.safetensors: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*shard*") if path.stat().st_size]
+    made(base, tmp_path)
+
+
+def test_targets_of_another_bank_are_refused(base, built, tmp_path):
+    """What a run made for itself before: from a bank that has since been built anew of other data."""
+    made(base, tmp_path / "other", "bank.seed=5")
+    recipe = recipe_of(base, built[1], f"bank.refresh_every={DRAWS}", f"output={tmp_path / 'run'}")
+    shutil.copytree(tmp_path / "other" / "generation_0000", tmp_path / "run" / "bank" / "generation_0001")
+    with pytest.raises(ConfigError, match="generation_0001: made with seed 5, expected 4"):
+        opened(recipe, teacher=Teacher.load(recipe.teacher.path, parts=("unet",))).reach(DRAWS)
 
 
 @pytest.mark.parametrize(("sets", "words"), [
@@ -186,11 +211,17 @@ def test_it_says_what_it_will_cost_and_refuses_a_full_disk(base, tmp_path, capsy
     (("loss.gradient=amortised", "bank.path=b", "loss.noised=false"), "loss.noised"),
     (("bank.path=b", "loss.captions=shuffled"), "loss.captions is 'shuffled'"),
     (("bank.refresh_every=2", "bank.draws=3"), "bank.draws is 3"), (("bank.draws=0",), "at least 1"),
-    (("teacher.micro_batch=5",), "a divisor of 32"),
+    (("teacher.micro_batch=5",), "a divisor of 32"), (("loss.gradient=amortised", "bank.path=''"), "bank.path is the text ''"),
 ])  # fmt: skip
 def test_recipes_that_make_no_sense(sets, words):
     with pytest.raises(ConfigError, match=words):
         config.check(config.load_recipe(None, sets))
+
+
+def test_levels_that_the_teacher_does_not_have(base, tmp_path):
+    with pytest.raises(ConfigError, match="loss: log_snr: no timestep lies in"):
+        made(base, tmp_path / "bank", "loss.t=null", "loss.log_snr=[50, 60]")
+    assert not (tmp_path / "bank").exists()
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -237,6 +268,29 @@ def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, buil
     again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert resumed == 0 and [(r["step"], r["loss"]) for r in again] == [(r["step"], r["loss"]) for r in rows]
     assert not (tmp_path / "run" / "bank").exists()
+
+
+def test_all_ranks_make_new_targets_at_the_same_batch(base, built, tmp_path, monkeypatch):
+    """Also a rank whose own part of that batch is still in the epoch before: else it waits while the others work."""
+    reached, reach, sets = [], bank.Bank.reach, (f"bank.refresh_every={DRAWS}", f"output={tmp_path}")
+    monkeypatch.setattr(bank.Bank, "reach", lambda self, epoch: reached.append(epoch) or reach(self, epoch))
+    train(base, built[1], tmp_path / "run", *sets, "steps=8")
+    assert reached == [((k + 1) * 16 - 1) // ROWS for k in range(16)] and reached[-1] == DRAWS
+    recipe = recipe_of(base, built[1], *sets)
+    found = opened(recipe, teacher=Teacher.load(recipe.teacher.path, parts=("unet",)))
+    found.reach(DRAWS - 1)
+    assert not (tmp_path / "bank").exists()
+    found.reach(DRAWS)
+    assert not Shards.open(tmp_path / "bank" / "generation_0001").missing()
+    fixed = opened(recipe_of(base, built[1]))
+    fixed.reach(DRAWS)  # the same targets for the whole run: nothing to make, and nobody who could
+
+
+def test_a_bank_in_the_runs_own_folder_outlives_the_run(base, built, tmp_path):
+    """`bank.path` may be OUTPUT/bank, where a run keeps the targets that it makes for itself."""
+    shutil.copytree(built[1], tmp_path / "run" / "bank")
+    train(base, tmp_path / "run" / "bank", tmp_path / "run", f"bank.refresh_every={DRAWS}", "steps=20")  # 9 epochs
+    assert files(tmp_path / "run" / "bank") == files(built[1])
 
 
 def test_cached_embeddings_serve_sds_and_leave_the_text_encoder_unread(base, built, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from fastsds.config import ConfigError, DataConfig
 from fastsds.data import Batch, Samples
-from fastsds.data.sampler import load_batch, order_of, permutation, positions
+from fastsds.data.sampler import last_epoch, load_batch, order_of, permutation, positions
 from fastsds.data.sources import TSVSource, decode_image, open_source
 
 
@@ -43,6 +43,12 @@ def test_the_parts_of_all_ranks_are_the_batch(world):
         parts = [positions(step, micro, 12, rank, world, 31, 7, accumulation=2) for rank in range(world)]
         for k in range(2):
             assert torch.equal(torch.cat([p[k] for p in parts]), whole[k])
+
+
+def test_the_last_epoch_of_a_batch_is_that_of_its_last_rank():
+    for step, micro in ((0, 0), (1, 0), (2, 1), (9, 1)):
+        found = positions(step, micro, 12, 1, 2, 31, 7, accumulation=2)[1][-1]
+        assert last_epoch(step, micro, 12, 31, 2) == found
 
 
 def test_accumulation_takes_the_next_batch():
@@ -220,6 +226,16 @@ def test_a_damaged_image_names_the_file(photographs):
         source.files[0].write_bytes(damaged)
         with pytest.raises(ConfigError, match=source.files[0].name):
             source.load(torch.tensor([0]))
+
+
+def test_a_table_may_name_images_anywhere_and_still_says_what_it_is(photographs, tmp_path):
+    """Absolute paths outside the table's folder, as open_clip's own tables have them."""
+    (tmp_path / "lists").mkdir()
+    rows = [f"{photographs.parent / 'images' / name}\ta thing" for name in ("coffee.png", "chelsea.png")]
+    (tmp_path / "lists" / "a.tsv").write_text("filepath\ttitle\n" + "\n".join(rows) + "\n")
+    (tmp_path / "b.tsv").write_text("filepath\ttitle\n" + "\n".join(rows[::-1]) + "\n")
+    found, again, other = (TSVSource(tmp_path / name, 16).identity() for name in ("lists/a.tsv", "lists/a.tsv", "b.tsv"))
+    assert found == again != other
 
 
 def test_the_first_samples_are_one_data_set_for_every_seed(photographs):

@@ -191,6 +191,15 @@ def test_amortised_is_sds_with_the_teachers_answer_from_elsewhere(teachers, weig
     assert teacher_parts(setting(), BankConfig("b")) == ("unet",)
 
 
+def test_amortised_at_a_level_without_signal():
+    """abar 0, where a schedule of zero terminal SNR ends: v is 1 by its formula, and the other weightings leave nothing."""
+    z, abar = latents(), torch.zeros(4)
+    batch = replace(make_batch(), targets=torch.zeros(4, *tiny.LATENT).half(), abar=abar)
+    for weighting, v in {"inverse_snr_root": 1.0, "uniform": 0.0, "sigma2": 0.0}.items():
+        loss = SDSCLIP(setting(gradient="amortised", weighting=weighting)).distillation(z, batch)
+        torch.testing.assert_close(torch.autograd.grad(loss, z)[0], v * 2 * z.detach() / z.numel(), rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("gradient", ["sds", "full", "latents", "amortised"])
 def test_micro_batches_give_the_gradient_of_the_whole(teachers, folders, gradient):
     """The UNet's graphs are freed one by one, and the gradient is the whole batch's."""
@@ -496,6 +505,20 @@ def test_warmup_trains_the_head_alone(folders, student, teacher):
     assert torch.equal(*heads)  # so all ranks agree
     untouched = load_student(folders["student"], latent_shape=tiny.LATENT).head.linear.weight
     assert not torch.equal(heads[0], untouched)
+
+
+def test_warmup_asks_the_unet_in_micro_batches(folders, teacher):
+    """As training does: the memory of a whole batch's graph, and another shape, are what they are for."""
+    heads, sizes = {}, {}
+    for micro_batch in (0, 2):
+        student, seen = load_student(folders["student"], latent_shape=tiny.LATENT), []
+        hook = teacher.unet.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))  # noqa: B023
+        how = dict(loss=setting(gradient="full"), warmup_steps=2, micro_batch=micro_batch)
+        init_head(student, teacher, lambda k: make_batch(6), "warmup", **how)
+        hook.remove()
+        heads[micro_batch], sizes[micro_batch] = student.head.linear.weight, seen
+    assert sizes == {0: [6, 6], 2: [2] * 6}
+    torch.testing.assert_close(heads[2], heads[0], rtol=1e-4, atol=1e-6)
 
 
 def test_default_head_is_left_alone(student, teacher):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 import torch
 from safetensors import safe_open
 
@@ -79,6 +80,17 @@ def test_a_head_that_starts_elsewhere(base, tmp_path, how):
     assert runs.train(*base, *runs.sets("steps=2"), "--output", tmp_path / "default") == 0
     ours, theirs = runs.rows(tmp_path / "run")[0], runs.rows(tmp_path / "default")[0]
     assert ours["clip"] == theirs["clip"] and ours["sds"] != theirs["sds"]
+
+
+def test_images_for_a_vae_that_only_the_head_asked_are_not_loaded_for_the_run(tmp_path, monkeypatch):
+    from fastsds.world.scenes import WorldSource
+
+    loaded, load = [], WorldSource.load
+    monkeypatch.setattr(WorldSource, "load", lambda self, *args: loaded.append(args[-1]) or load(self, *args))
+    tiny.save_teacher(tmp_path / "teacher")  # takes 16x16 images, the world's student 32x32
+    argv = runs.sets("steps=2", "head.init=ridge", "head.samples=64", f"teacher.path={tmp_path / 'teacher'}", "eval.suite=none")
+    assert runs.train(*argv, "--output", tmp_path / "run") == 0
+    assert loaded == [32, 16] * 2 + [32] * 4  # two batches of 32 for the head, four for the run
 
 
 def test_photographs_train_with_the_embedded_teacher_and_student(tmp_path):

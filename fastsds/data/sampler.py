@@ -55,6 +55,11 @@ def positions(
     return ids, visits
 
 
+def last_epoch(step: int, micro: int, batch: int, n: int, accumulation: int) -> int:
+    """The latest epoch that a contrastive batch reaches into, whichever rank has that part. Args: as `positions`."""
+    return ((step * accumulation + micro + 1) * batch - 1) // n
+
+
 @lru_cache(maxsize=4)
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """A counter-based permutation of range(n): the stable argsort of n Philox uniforms."""

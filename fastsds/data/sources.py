@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,8 +60,11 @@ class TSVSource:
 
     def identity(self) -> str:
         """A digest of what the pairs are: names, sizes in bytes and captions, in order."""
-        rows = ((file.relative_to(self.folder), file.stat().st_size, said) for file, said in zip(self.files, self.captions))
-        return hashlib.blake2b(repr([tuple(map(str, row)) for row in rows]).encode(), digest_size=16).hexdigest()
+        rows = [
+            (os.path.relpath(file, self.folder), str(file.stat().st_size), said)
+            for file, said in zip(self.files, self.captions)
+        ]
+        return hashlib.blake2b(repr(rows).encode(), digest_size=16).hexdigest()
 
     def load(self, ids: torch.Tensor, visits: torch.Tensor | None = None, size: int | None = None) -> Samples:
         """Decode samples. Shapes: ids [N] -> pixels uint8 [N, 3, size, size]."""

@@ -29,26 +29,29 @@ def init_head(
     warmup_steps: int = 100,
     ridge: float = 1e-3,
     lr: float = 2e-3,
+    micro_batch: int = 0,
 ) -> dict[str, float]:
     """Initialise `student.head` in place.
 
     Args: batches: k -> the k-th whole batch. how: "default" keeps what load_student made (torch's initialisation, or
         the head of the student's folder), "warmup" trains h_w alone on L_SDS, "ridge" regresses to VAE latents.
-        loss: the recipe's `loss` section, for "warmup".
+        loss, micro_batch: as `SDSCLIP` takes them, for "warmup".
     Returns: {} | {"first", "last"} (L_SDS) | {"r2", "samples"}.
     """
     if how == "default":
         return {}
     if how == "warmup":
-        return warmup(student, teacher, batches, loss, seed, warmup_steps, lr)
+        return warmup(student, teacher, batches, loss, seed, warmup_steps, lr, micro_batch)
     if how == "ridge":
         return ridge_regression(student, teacher, batches, samples, ridge)
     raise ConfigError(f"head.init: {how!r}, expected default, warmup or ridge")
 
 
-def warmup(student: Student, teacher, batches, loss, seed: int, steps: int, lr: float) -> dict[str, float]:
+def warmup(
+    student: Student, teacher, batches, loss, seed: int, steps: int, lr: float, micro_batch: int = 0
+) -> dict[str, float]:
     """Train the head alone on L_SDS, the CLIP untouched: AdamW, constant rate, no decay."""
-    recipe = SDSCLIP(loss, teacher, seed)
+    recipe = SDSCLIP(loss, teacher, seed, micro_batch=micro_batch)
     parameters = list(student.head.parameters())
     trained = [p.requires_grad for p in parameters]
     for parameter in parameters:
@@ -58,11 +61,12 @@ def warmup(student: Student, teacher, batches, loss, seed: int, steps: int, lr: 
     for step in range(steps):
         batch = batches(step)
         batch = replace(batch, visits=batch.visits + WARMUP_VISIT)
-        value = recipe.distillation(student.head(_embeddings(student, batch)), batch)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
+        z = student.head(_embeddings(student, batch))
+        value, g_z = recipe.ask(z.detach(), batch)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(z, parameters, g_z), strict=True):
             parameter.grad = gradient
         optimizer.step()
-        history.append(value.detach())
+        history.append(value)
     for parameter, wanted in zip(parameters, trained, strict=True):
         parameter.grad = None
         parameter.requires_grad_(wanted)

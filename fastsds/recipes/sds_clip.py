@@ -105,7 +105,7 @@ class SDSCLIP:
             return parts
         if (step + 1) % self.loss.sds_every:  # h_w keeps a (zero) gradient, so that every engine steps it alike
             return {**parts, "loss": clip + 0.0 * out.z.sum()}
-        sds, g_z = self._ask(out.z.detach(), batch)  # the UNet's graphs end here
+        sds, g_z = self.ask(out.z.detach(), batch)  # the UNet's graphs end here
         if self.auto or diagnose:
             squares = self._gradient_products(out, batch, g_z)
         if self.auto:
@@ -138,8 +138,8 @@ class SDSCLIP:
         labels = torch.arange(len(image), device=image.device)
         return (F.cross_entropy(torch.cat([own, wrong], dim=1), labels) + F.cross_entropy(own.T, labels)) / 2
 
-    def _ask(self, z: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """L_SDS of this rank's images and its gradient in z, micro-batch by micro-batch."""
+    def ask(self, z: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """L_SDS of some images and its gradient in z, micro-batch by micro-batch. Shapes: z [b, C, h, w], a constant."""
         size, values, gradients = self.micro_batch or len(z), [], []
         for first in range(0, len(z), size):
             rows = slice(first, first + size)
@@ -161,7 +161,7 @@ class SDSCLIP:
         if self.loss.gradient == "amortised":
             if batch.targets is None:
                 raise ValueError("loss.gradient: amortised, but this batch has no targets from a bank")
-            levels = batch.abar.sqrt(), (1 - batch.abar).sqrt()
+            levels = batch.abar.clamp_min(TINY).sqrt(), (1 - batch.abar).sqrt()  # a schedule may end without any signal
             v = weights(self.loss.weighting, *levels, z, 1) / weights("inverse_snr_root", *levels, z, 1)
             how |= {"weighting": v, "prediction_type": "sample"}
             return ops.denoising_loss(z, None, 0, levels, x0=batch.targets.to(z.dtype), **how)

@@ -14,6 +14,7 @@ one before last: a bank is only read by training, so runs share it.
 """
 
 import argparse
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -67,6 +68,11 @@ class Bank:
         if teacher is None and self.read == self.targets:
             self._generation(0)
 
+    def reach(self, epoch: int) -> None:
+        """Make the targets of an epoch where they are missing. Every rank calls it at the same batch, and does its share."""
+        if self.settings.refresh_every and self.read == self.targets:
+            self._generation(epoch // self.settings.refresh_every)
+
     def targets(self, ids: torch.Tensor, visits: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
         """The targets of pairs at visits, and their alpha-bar.
 
@@ -90,7 +96,14 @@ class Bank:
 
     def close(self) -> None:
         """Delete the targets that the run made for itself."""
-        shutil.rmtree(self.refreshed, ignore_errors=True)
+        for g in range(1, 1 + max(self._generations, default=0)):
+            self._drop(g)
+        with contextlib.suppress(OSError):  # not there, or something else lies in it
+            self.refreshed.rmdir()
+
+    def _drop(self, g: int) -> None:
+        if g > 0:  # generation 0 is the bank's, wherever that lies
+            shutil.rmtree(_generation_folder(self.refreshed, g), ignore_errors=True)
 
     def _check(self, ids: torch.Tensor, captions: list[str]) -> None:
         for row, digest, caption in zip(ids.tolist(), self.cache.read("caption", ids).tolist(), captions, strict=True):
@@ -105,9 +118,11 @@ class Bank:
                 if self.teacher is None:
                     raise self._unfinished(folder.name)
                 fill_generation(parent, self.cache, self.teacher, g, self.rank, self.world)
-            shutil.rmtree(_generation_folder(self.refreshed, g - 2), ignore_errors=True)  # every rank is an epoch past it
+            self._drop(g - 2)  # every rank is an epoch past it
             self._generations.pop(g - 2, None)
-            self._generations[g] = Shards.open(folder)
+            found = Shards.open(folder)
+            found.check(self.cache)
+            self._generations[g] = found
         return self._generations[g]
 
     def _unfinished(self, name: str) -> ConfigError:
@@ -120,15 +135,19 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
     Every process takes shards that no other has; rank 0 prints size and time first, and progress all the way.
     Raises: ConfigError for a bank of other settings, or too little disk.
     """
-    folder, chunk = Path(recipe.bank.path), recipe.teacher.micro_batch or CHUNK
+    folder, chunk, loss = Path(recipe.bank.path), recipe.teacher.micro_batch or CHUNK, recipe.loss
+    try:
+        timesteps = timestep_range(teacher.alphas_cumprod, loss.t, loss.log_snr, loss.shift)
+    except ValueError as error:
+        raise ConfigError(f"loss: {error}") from error
     about = {
         **_asked(recipe), "data": source.identity(), "latent_shape": list(teacher.latent_shape),
         "prediction_type": teacher.prediction_type, "dtype": str(teacher.dtype).removeprefix("torch."), "chunk": chunk,
-        "timesteps": timestep_range(teacher.alphas_cumprod, recipe.loss.t, recipe.loss.log_snr, recipe.loss.shift),
+        "timesteps": timesteps,
     }  # fmt: skip
     a_row = 2 * recipe.bank.draws * torch.Size(teacher.latent_shape).numel()
     size = max(1, min(SHARD_BYTES // (a_row * chunk), len(source) // (SHARDS * chunk))) * chunk
-    cache = Shards.create(folder / CACHE, about, len(source), size)
+    cache = Shards.plan(folder / CACHE, about, len(source), size)
 
     def ask(ids: torch.Tensor) -> dict[str, torch.Tensor]:
         samples = source.load(ids, torch.zeros_like(ids), teacher.image_size)
@@ -138,6 +157,7 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
 
     if rank == 0:
         _announce(folder, cache, ask, teacher, a_row, world)
+    cache = Shards.create(folder / CACHE, about, len(source), size)
     _fill(cache, ask, "latents and captions", rank, world)
     fill_generation(folder, cache, teacher, 0, rank, world)
 
@@ -202,9 +222,9 @@ def _announce(folder: Path, cache: Shards, ask, teacher: Teacher, a_row: int, wo
     timed = {}
     for name in ("warm-up", "asked"):
         began = time.perf_counter()
-        first = ask(ids)
+        first = {key: value.cpu() for key, value in ask(ids).items()}  # waits for the device
         timed[name] = time.perf_counter() - began
-    z, text = first["latent"].float(), first["text"].to(teacher.dtype)
+    z, text = first["latent"].to(teacher.device, torch.float32), first["text"].to(teacher.device, teacher.dtype)
     t = torch.full((len(ids),), cache.about["timesteps"][0], device=teacher.device)
     for name in ("warm-up", "target"):
         began = time.perf_counter()
@@ -212,7 +232,7 @@ def _announce(folder: Path, cache: Shards, ask, teacher: Teacher, a_row: int, wo
         timed[name] = time.perf_counter() - began
     seconds = (missing * timed["asked"] + absent * cache.about["draws"] * timed["target"]) / chunk / world
     needed = missing * sum(v.numel() * v.element_size() for v in first.values()) // len(ids) + absent * a_row
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     print(
         f"bank {folder}: {cache.rows:,} samples x {cache.about['draws']} targets in {len(cache)} shards; {needed / 2**20:,.0f} "
         f"MiB to write, {free / 2**20:,.0f} free; about {clock(seconds)} on {world} x {teacher.device}", flush=True,

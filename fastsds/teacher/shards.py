@@ -29,10 +29,19 @@ class Shards:
         self._open: dict[int, object] = {}
 
     @classmethod
+    def plan(cls, folder: Path, about: dict, rows: int, size: int) -> "Shards":
+        """What `create` gives, with nothing written. Raises: as `create`."""
+        planned = cls(folder, json.loads(json.dumps(about)), rows, size)
+        if not (planned.folder / INDEX).exists():
+            return planned
+        found = cls.open(folder)
+        found.check(planned)
+        return found
+
+    @classmethod
     def create(cls, folder: Path, about: dict, rows: int, size: int) -> "Shards":
         """Start a folder, or go on with one that holds the same. Raises: ConfigError that names the first difference."""
         folder = Path(folder)
-        about = json.loads(json.dumps(about))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / INDEX).exists():
@@ -43,9 +52,7 @@ class Shards:
                 partial.unlink()
         except OSError as error:
             raise ConfigError(f"{folder}: {error}") from error
-        found = cls.open(folder)
-        check_same(folder, {**found.about, "rows": found.rows, "size": found.size}, {**about, "rows": rows, "size": size})
-        return found
+        return cls.plan(folder, about, rows, size)
 
     @classmethod
     def open(cls, folder: Path) -> "Shards":
@@ -56,6 +63,11 @@ class Shards:
             return cls(folder, index["about"], index["rows"], index["size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: no index that can be read: {error}") from error
+
+    def check(self, expected: "Shards") -> None:
+        """Raise a ConfigError that names the first difference from what is expected."""
+        said, asked = ({**of.about, "rows": of.rows, "size": of.size} for of in (self, expected))
+        check_same(self.folder, said, asked)
 
     def __len__(self) -> int:
         """How many shards."""
@@ -72,15 +84,21 @@ class Shards:
 
     @contextlib.contextmanager
     def claim(self, shard: int):
-        """Yield a function that writes the shard's tensors, or None if the shard is there or another process has it."""
+        """Yield a function that writes the shard's tensors, or None if the shard is there or another process has it.
+
+        Raises: ConfigError where the folder cannot be written or the disk is full; nothing of the shard is kept.
+        """
         path = self._path(shard)
         partial = path.with_name(f".{path.stem}.partial")
-        with open(partial, "ab") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = stack.enter_context(open(partial, "ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
                 return
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be written: {error}") from error
             if path.exists():  # finished between the look and the lock
                 with contextlib.suppress(FileNotFoundError):
                     partial.unlink()
@@ -90,12 +108,17 @@ class Shards:
             def write(**tensors: torch.Tensor) -> None:
                 from safetensors.torch import save
 
-                file.truncate(0)
-                file.write(save({name: v.cpu().contiguous() for name, v in tensors.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(partial, path)
-                sync(self.folder)
+                content = save({name: v.cpu().contiguous() for name, v in tensors.items()})
+                try:
+                    with open(partial, "wb") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(partial, path)
+                    sync(self.folder)
+                except OSError as error:
+                    partial.unlink(missing_ok=True)
+                    raise ConfigError(f"{path}: cannot be written: {error}; the shards before it are kept") from error
 
             yield write
 
@@ -124,12 +147,16 @@ class Shards:
         return self._open[shard]
 
 
-def check_same(where: Path | str, found: dict, expected: dict) -> None:
-    """Raise a ConfigError that names the first key in which a folder differs from what is asked for."""
+def check_same(where: Path | str, found: dict, expected: dict, of: str = "") -> None:
+    """Raise a ConfigError that names the first key, of a key's own keys too, in which a folder differs from what is asked."""
     for key in dict.fromkeys([*expected, *found]):
-        if found.get(key) != expected.get(key):
-            said, asked = (_short(v.get(key)) for v in (found, expected))
-            raise ConfigError(f"{where}: made with {key} {said}, expected {asked}; name another bank.path, or delete it")
+        said, asked = found.get(key), expected.get(key)
+        if isinstance(said, dict) and isinstance(asked, dict):
+            check_same(where, said, asked, f"{of}{key} ")
+        elif said != asked:
+            raise ConfigError(
+                f"{where}: made with {of}{key} {_short(said)}, expected {_short(asked)}; name another bank.path, or delete it"
+            )
 
 
 def _short(value) -> str:
