@@ -218,6 +218,10 @@ def test_recipes_that_make_no_sense(sets, words):
         config.check(config.load_recipe(None, sets))
 
 
+def test_a_bank_may_be_made_by_more_at_a_time_than_a_batch():
+    config.check(config.load_recipe(None, ("loss.gradient=amortised", "bank.path=b", "teacher.micro_batch=64")))
+
+
 def test_levels_that_the_teacher_does_not_have(base, tmp_path):
     with pytest.raises(ConfigError, match="loss: log_snr: no timestep lies in"):
         made(base, tmp_path / "bank", "loss.t=null", "loss.log_snr=[50, 60]")
