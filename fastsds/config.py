@@ -382,7 +382,8 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
     if batch % world_size:
         raise ConfigError(f"data.batch is {batch}, the contrastive batch over all ranks; expected a multiple of "
                           f"{world_size}, the number of ranks")
-    if recipe.teacher.micro_batch and (batch // world_size) % recipe.teacher.micro_batch:
+    asks = recipe.loss.gradient != "amortised"      # else it is a bank that is made by so many at a time, of any data
+    if asks and recipe.teacher.micro_batch and (batch // world_size) % recipe.teacher.micro_batch:
         raise ConfigError(f"teacher.micro_batch is {recipe.teacher.micro_batch}; expected a divisor of {batch // world_size}, "
                           "a rank's part of data.batch, so that the UNet sees one shape")
     for key, value in (("data.source", recipe.data.source), ("data.images", recipe.data.images),

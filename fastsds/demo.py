@@ -198,7 +198,16 @@ def compare_seeds(settings: Settings) -> list[Path]:
         *(report.verdict(d) for d in main_differences if d["metric"] in CLAIMS),
         "Seconds of training, one thread, mean: " + ", ".join(f"{label} {v:.0f}" for label, v in seconds.items()) + ".",
     ]
-    return write(settings, tables, notes, {"seeds": settings.seeds, "arms": results, "differences": differences})
+    if banks := building(plan):
+        said = ", ".join(f"{name} {v:.0f}" for name, v in banks.items())
+        notes.append(f"Before that, once for all seeds, seconds to build a bank, one thread, its start included: {said}.")
+    everything = {"seeds": settings.seeds, "arms": results, "banks": banks, "differences": differences}
+    return write(settings, tables, notes, everything)
+
+
+def building(plan: dict[tuple, Job]) -> dict[str, float]:
+    """Seconds that each bank of a plan took, by its name."""
+    return {name: job.results["seconds_in_all"] for (kind, name), job in plan.items() if kind == "bank"}
 
 
 def plan_seeds(settings: Settings) -> dict[tuple, Job]:
