@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
     from fastsds.student import apply_tuning, load_student, save_student
 
-    parts = teacher_parts(loss, recipe.bank, recipe.head.init)
+    running = teacher_parts(loss, recipe.bank)
+    parts = teacher_parts(loss, recipe.bank, recipe.head.init)  # and what the head's start asks
     teacher = bank = None
     if parts:
         from fastsds.teacher import Teacher
@@ -97,8 +98,6 @@ def run(args: argparse.Namespace) -> int:
     if bank:
         bank.attach(source, teacher if recipe.bank.refresh_every else None, rank, world_size)
 
-    running = teacher_parts(loss, recipe.bank)  # without what the head's start alone asks
-
     def load(step: int, micro: int, rank: int = rank, world: int = world_size, asked: tuple[str, ...] = running):
         if bank:
             bank.reach(last_epoch(step, micro, data.batch, len(source), data.accumulation))
@@ -106,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
             source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
             image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,
             negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
-            teacher_size=teacher.image_size if "vae" in asked else None,
-            bank=bank and bank.read,
+            teacher_size=teacher.image_size if "vae" in asked else None, bank=bank and bank.read,
         )  # fmt: skip
 
     # Where the run starts: a checkpoint, or the head's initialisation.
