@@ -64,6 +64,7 @@ BANKED = (
     amortised("amortised_1", "amortised, K = 1", "k1", 1, "[0.5, 0.9]"),
     amortised("amortised_2", "amortised, K = 2", "k2", 2, "[0.5, 0.9]"),
     amortised("amortised_8", "amortised, K = 8", "k8", 8, "[0.5, 0.9]"),
+    amortised("amortised_1_70", "amortised, K = 1, t in [0.7, 1] T", "k1_70", 1, "[0.7, 1.0]"),
     amortised("amortised_8_70", "amortised, K = 8, t in [0.7, 1] T", "k8_70", 8, "[0.7, 1.0]"),
     amortised("amortised_8_90", "amortised, K = 8, t in [0.9, 1] T", "k8_90", 8, "[0.9, 1.0]"),
     amortised("refreshed", "refreshed each epoch, K = 1, t in [0.9, 1] T", "k1_90", 1, "[0.9, 1.0]", "bank.refresh_every=1"),
