@@ -106,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
             source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
             image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,
             negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
-            teacher_size=teacher.image_size if "vae" in asked else None,
-            bank=bank and bank.read,
+            teacher_size=teacher.image_size if "vae" in asked else None, bank=bank and bank.read,
         )  # fmt: skip
 
     # Where the run starts: a checkpoint, or the head's initialisation.
@@ -125,9 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if saved is None and shape is not None:
         head = recipe.head
         init_head(
-            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed,
-            samples=head.samples, warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr,
-            micro_batch=recipe.teacher.micro_batch,
+            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
+            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr, micro_batch=objective.micro_batch,
         )  # fmt: skip
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
