@@ -123,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
     if saved is None and shape is not None:
         head = recipe.head
         init_head(
-            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed,
-            samples=head.samples, warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr,
-            micro_batch=recipe.teacher.micro_batch,
+            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
+            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr, micro_batch=objective.micro_batch,
         )  # fmt: skip
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
