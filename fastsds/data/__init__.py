@@ -1,17 +1,26 @@
 """Image-text data: what a source gives, what a step takes, and what an evaluation asks."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
 
 
+def digest(image: bytes, caption: str) -> int:
+    """An image as it is stored and its caption, as an int64 that tells the pair from others."""
+    found = hashlib.blake2b(image + b"\0" + caption.encode(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)
+
+
 @dataclass
 class Samples:
-    """Captioned images. pixels: uint8 [N, 3, S, S]; negatives: one wrong caption an image, or None."""
+    """Captioned images. pixels: uint8 [N, 3, S, S]; negatives: one wrong caption an image, or None; digests: int64 [N], or
+    None where no bank is asked."""
 
     pixels: torch.Tensor
     captions: list[str]
     negatives: list[str] | None = None
+    digests: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -90,7 +90,7 @@ def load_batch(
     Args: negatives: also tokenise each image's wrong caption. shuffled: tell the teacher the caption of the next
         image of the contrastive batch (the last one takes the first's), whatever the number of ranks.
         teacher_size: also give the images at this many pixels a side; None: nobody asks. bank: a function of (ids,
-        visits, captions) that gives further fields of a batch, on the CPU.
+        visits, samples) that gives further fields of a batch, on the CPU.
     """
     at = {
         "batch": batch,
@@ -121,5 +121,5 @@ def load_batch(
         negative_tokens=tokenize(samples.negatives).to(device) if negatives else None,
         pixels_teacher=pixels_teacher,
         teacher_captions=told,
-        **{name: value.to(device) for name, value in (bank(ids, visits, samples.captions) if bank else {}).items()},
+        **{name: value.to(device) for name, value in (bank(ids, visits, samples) if bank else {}).items()},
     )

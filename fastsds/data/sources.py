@@ -4,12 +4,13 @@ import csv
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import torch
 
 from fastsds.config import ConfigError
-from fastsds.data import Samples
+from fastsds.data import Samples, digest
 
 COLUMNS = ("filepath", "title")
 
@@ -70,8 +71,13 @@ class TSVSource:
         """Decode samples. Shapes: ids [N] -> pixels uint8 [N, 3, size, size]."""
         size, rows = size or self.size, ids.tolist()
         decode = self._pool.map if self._pool is not None else map
-        pixels = list(decode(lambda row: decode_image(self.files[row], size), rows))
-        return Samples(torch.stack(pixels), [self.captions[row] for row in rows])
+
+        def one(row: int) -> tuple[torch.Tensor, int]:
+            content = read_image(self.files[row])
+            return decode_image(self.files[row], size, content), digest(content, self.captions[row])
+
+        pixels, digests = zip(*decode(one, rows), strict=True)
+        return Samples(torch.stack(pixels), [self.captions[row] for row in rows], digests=torch.tensor(digests))
 
     def _read(self) -> tuple[list[Path], list[str]]:
         if not self.path.is_file():
@@ -108,13 +114,20 @@ class TSVSource:
         return files, captions
 
 
-def decode_image(path: Path, size: int) -> torch.Tensor:
-    """Decode an image file. Returns uint8 [3, size, size]."""
+def read_image(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def decode_image(path: Path, size: int, content: bytes | None = None) -> torch.Tensor:
+    """Decode an image file (from its content, where that was read). Returns uint8 [3, size, size]."""
     import numpy as np
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
+        with Image.open(BytesIO(read_image(path) if content is None else content)) as file:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path}: not a readable image: {error}") from error

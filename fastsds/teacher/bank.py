@@ -5,7 +5,7 @@
 for image-caption pair n with VAE latent z_n, and K draws of (t, eps) that depend on (bank.seed, n, draw) alone. The targets do
 not depend on the student: they serve every epoch, student, arm and seed, and training from them needs no teacher.
 
-    BANK/cache/              latent [C, h, w] fp16, text [L, D] fp16 (the text encoder's answer), caption int64 (a digest)
+    BANK/cache/              latent [C, h, w] fp16, text [L, D] fp16 (the text encoder's answer), pair int64 (a digest)
     BANK/generation_0000/    x0hat [K, C, h, w] fp16, abar [K] fp32; from latent and text as they are stored
 
 Visit v of a pair takes draw v mod K. With `refresh_every` e, generation g = v // e serves epochs g e .. (g + 1) e - 1 and its
@@ -15,7 +15,6 @@ one before last: a bank is only read by training, so runs share it.
 
 import argparse
 import contextlib
-import hashlib
 import shutil
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 
 from fastsds import config, ops
 from fastsds.config import ConfigError, Recipe
+from fastsds.data import Samples
 from fastsds.progress import Line, clock
 from fastsds.schedule import timestep_range
 from fastsds.teacher.loading import fingerprint
@@ -73,13 +73,13 @@ class Bank:
         if self.settings.refresh_every and self.read == self.targets:
             self._generation(epoch // self.settings.refresh_every)
 
-    def targets(self, ids: torch.Tensor, visits: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+    def targets(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples) -> dict[str, torch.Tensor]:
         """The targets of pairs at visits, and their alpha-bar.
 
         Shapes: ids, visits [b] -> targets fp16 [b, C, h, w], abar fp32 [b].
-        Raises: ConfigError if a caption is not the one that its targets were made for.
+        Raises: ConfigError if an image or a caption is not the one that its targets were made for.
         """
-        self._check(ids, captions)
+        self._check(ids, samples)
         every, draws = self.settings.refresh_every, self.settings.draws
         generation = visits // every if every else torch.zeros_like(visits)
         column = (visits - generation * every) % draws
@@ -89,9 +89,9 @@ class Bank:
             x0hat[of], abar[of] = (shards.read(name, ids[of], column[of]) for name in ("x0hat", "abar"))
         return {"targets": x0hat, "abar": abar}
 
-    def texts(self, ids: torch.Tensor, visits: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+    def texts(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples) -> dict[str, torch.Tensor]:
         """The captions' text embeddings. Shapes: ids [b] -> text fp16 [b, L, D]. Raises: as `targets`."""
-        self._check(ids, captions)
+        self._check(ids, samples)
         return {"text": self.cache.read("text", ids)}
 
     def close(self) -> None:
@@ -105,10 +105,13 @@ class Bank:
         if g > 0:  # generation 0 is the bank's, wherever that lies
             shutil.rmtree(_generation_folder(self.refreshed, g), ignore_errors=True)
 
-    def _check(self, ids: torch.Tensor, captions: list[str]) -> None:
-        for row, digest, caption in zip(ids.tolist(), self.cache.read("caption", ids).tolist(), captions, strict=True):
-            if digest != caption_digest(caption):
-                raise ConfigError(f"bank {self.folder}: sample {row} was asked with another caption than {caption!r}")
+    def _check(self, ids: torch.Tensor, samples: Samples) -> None:
+        other = (self.cache.read("pair", ids) != samples.digests).nonzero().flatten().tolist()
+        if other:
+            raise ConfigError(
+                f"bank {self.folder}: sample {int(ids[other[0]])}, {samples.captions[other[0]]!r}, has another image or "
+                "caption than was asked about; build a bank of this data"
+            )
 
     def _generation(self, g: int) -> Shards:
         if g not in self._generations:
@@ -151,9 +154,8 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
 
     def ask(ids: torch.Tensor) -> dict[str, torch.Tensor]:
         samples = source.load(ids, torch.zeros_like(ids), teacher.image_size)
-        digests = torch.tensor([caption_digest(c) for c in samples.captions])
         latent, text = teacher.encode(samples.pixels).half(), teacher.embed(samples.captions).half()
-        return {"latent": latent, "text": text, "caption": digests}
+        return {"latent": latent, "text": text, "pair": samples.digests}
 
     if rank == 0:
         _announce(folder, cache, ask, teacher, a_row, world)
@@ -239,11 +241,6 @@ def _announce(folder: Path, cache: Shards, ask, teacher: Teacher, a_row: int, wo
     )  # fmt: skip
     if needed > free:
         raise ConfigError(f"bank.path: {folder} has {free / 2**20:,.0f} MiB free, the bank needs {needed / 2**20:,.0f}")
-
-
-def caption_digest(caption: str) -> int:
-    """A caption as an int64 that tells it from others."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _asked(recipe: Recipe) -> dict:

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import torch
 
-from fastsds.data import Samples, SwapItems
+from fastsds.data import Samples, SwapItems, digest
 from fastsds.ops import Noise, Purpose, draw
 
 SIZE = 32
@@ -185,7 +185,9 @@ class WorldSource:
         scenes = self.scenes(ids)
         kinds = [scenes.swapped(kind).captions() for kind in KINDS]
         negatives = [kinds[i % 3][row] for row, i in enumerate(ids.tolist())]
-        return Samples(_resize(render(scenes, self.seed, ids), size), scenes.captions(), negatives)
+        pixels, captions = render(scenes, self.seed, ids), scenes.captions()
+        digests = [digest(image.numpy().tobytes(), said) for image, said in zip(pixels, captions, strict=True)]
+        return Samples(_resize(pixels, size), captions, negatives, torch.tensor(digests))
 
 
 def swap_items(split: str, per_kind: int = 300, seed: int = 0) -> SwapItems:
