@@ -66,6 +66,12 @@ def number(value, name, low=-math.inf, above=False):
     return float(value)
 
 
+def generator(v, x):
+    if not isinstance(v, torch.Generator) or v.device.type != x.device.type:
+        got = f"one on {v.device}" if isinstance(v, torch.Generator) else type(v).__name__
+        raise ValueError(f"generator: a torch.Generator on {x.device} expected, got {got}")
+
+
 def split(noise, x, name):
     """(eps, seed, draw, ids): a noise tensor, or the arguments of a stream."""
     if not isinstance(noise, Noise):
@@ -132,7 +138,7 @@ def rows(v, x, lead):
 
 def left_aligned(v, x, name):
     """v [B], [B, 1, 1, 1], [B, F], ... or a scalar: each axis 1 or x's."""
-    if v.ndim > x.ndim or any(a not in (1, b) for a, b in zip(v.shape, x.shape)):
+    if v.ndim > x.ndim or any(a != 1 and a != b for a, b in zip(v.shape, x.shape)):
         raise ValueError(f"{name}: shape {tuple(v.shape)} does not match the leading axes of the sample {tuple(x.shape)}")
     if v.device != x.device:
         raise ValueError(f"{name}: on {v.device}, the samples on {x.device}")
@@ -160,7 +166,7 @@ def weights(weighting, alpha, sigma, x, lead, prediction_type="epsilon"):
         return rows(weighting.detach().to(alpha.dtype), x, lead)
     if callable(weighting):
         w = weighting(alpha, sigma)
-        if not isinstance(w, torch.Tensor) or w.numel() not in (1, alpha.numel()) or not w.is_floating_point():
+        if not isinstance(w, torch.Tensor) or (w.numel() != 1 and w.numel() != alpha.numel()) or not w.is_floating_point():
             raise ValueError(f"weighting: must return a float tensor [{alpha.numel()}] like alpha, got {w!r}")
         return w.detach().to(alpha.dtype).reshape(-1).expand(alpha.shape)
     choice(weighting, WEIGHTINGS, "weighting")

@@ -100,7 +100,8 @@ class Noise:
         """Return standard normals, fp32 [B, *shape]: the noise of samples of that shape. Writes 4 bytes an element."""
         shape = shape if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
         shape = [_integer(size, "shape", 1, 1 << 31, "ints in [1, 2^31)") for size in shape]
-        flat = philox.normal(self.seed, self.draw, self.sample_ids, math.prod(shape))
+        n = _integer(math.prod(shape), f"shape {tuple(shape)}", 1, 1 << 31, "fewer than 2^31 elements a sample")
+        flat = philox.normal(self.seed, self.draw, self.sample_ids, n)
         return flat.view(len(self), *shape)
 
     def words(self, n):

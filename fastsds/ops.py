@@ -63,6 +63,7 @@ def add_noise(x0, t, schedule, noise=None, *, generator=None):
         if generator is None:
             noise = torch.randn_like(x0)
         else:
+            arguments.generator(generator, x0)
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
     elif generator is not None:
         raise ValueError("generator: used only when noise is None")
@@ -456,6 +457,7 @@ def geglu(x):
     return _geglu.geglu(arguments.savable(x))
 
 
+@arguments.reverse_only
 def attention(q, k, v, scale=None):
     """Attend, without mask or dropout.
 
@@ -517,5 +519,5 @@ def _kept(x, kept, value, count, reduction):
 def _mask(mask, x):
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise ValueError(f"mask: a bool tensor expected, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    mask = arguments.left_aligned(mask, x, "mask")
+    mask = arguments.savable(arguments.left_aligned(mask, x, "mask"))
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim)).expand(x.shape)

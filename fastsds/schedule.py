@@ -180,7 +180,7 @@ def _filled(v, rank, dtype, device="cpu"):
 
 
 def _leading(v, name, like):
-    ok = v.ndim <= like.ndim and all(a in (1, b) for a, b in zip(v.shape, like.shape))
+    ok = v.ndim <= like.ndim and all(a == 1 or a == b for a, b in zip(v.shape, like.shape))
     if not ok:
         raise ValueError(f"{name}: shape {tuple(v.shape)} does not match the leading axes of the sample {tuple(like.shape)}")
     return v.reshape(*v.shape, *(1,) * (like.ndim - v.ndim))

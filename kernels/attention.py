@@ -252,6 +252,7 @@ def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     return y.to(q.dtype), lse
 
 
+@torch.autocast("cpu", enabled=False)  # whose products would be bf16
 def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check(q, k, v)
     y, lse = reference.attention(q, k, v, scale)
@@ -278,6 +279,7 @@ def _gradient_cuda(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+@torch.autocast("cpu", enabled=False)
 def _gradient_cpu(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

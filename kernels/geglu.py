@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsds import reference
 from fastsds.kernels import launch
-from fastsds.kernels.noise import offsets
+from fastsds.kernels.noise import places
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -35,11 +35,11 @@ def _geglu_kernel(
     UNIT: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_r, o_i, m = _place(rows, units, blocks, UNIT, COLUMNS, BLOCK)
-    o_x = offsets(o_r, sizes, x_strides, SINGLE) * UNIT + o_i * x_step
+    o_x = places(o_r, o_i, sizes, x_strides, x_step, SINGLE, UNIT)
     h = tl.load(h_ptr + o_x, mask=m).to(tl.float32)
     q = tl.load(q_ptr + o_x, mask=m).to(tl.float32)
     y = h * (q * (0.5 * (1.0 + tl.math.erf(q * SQRT_HALF))))
-    tl.store(y_ptr + offsets(o_r, sizes, y_strides, SINGLE) * UNIT + o_i * y_step, y.to(y_ptr.dtype.element_ty), mask=m)
+    tl.store(y_ptr + places(o_r, o_i, sizes, y_strides, y_step, SINGLE, UNIT), y.to(y_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -49,13 +49,13 @@ def _geglu_gradient_kernel(
     UNIT: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_r, o_i, m = _place(rows, units, blocks, UNIT, COLUMNS, BLOCK)
-    o_x = offsets(o_r, sizes, x_strides, SINGLE) * UNIT + o_i * x_step
-    g = tl.load(g_ptr + offsets(o_r, sizes, g_strides, SINGLE) * UNIT + o_i * g_step, mask=m).to(tl.float32)
+    o_x = places(o_r, o_i, sizes, x_strides, x_step, SINGLE, UNIT)
+    g = tl.load(g_ptr + places(o_r, o_i, sizes, g_strides, g_step, SINGLE, UNIT), mask=m).to(tl.float32)
     h = tl.load(h_ptr + o_x, mask=m).to(tl.float32)
     q = tl.load(q_ptr + o_x, mask=m).to(tl.float32)
     cdf = 0.5 * (1.0 + tl.math.erf(q * SQRT_HALF))
     dq = g * h * (cdf + q * (DENSITY * tl.exp(-0.5 * q * q)))
-    o_dx = offsets(o_r, sizes, dx_strides, SINGLE) * UNIT + o_i * dx_step
+    o_dx = places(o_r, o_i, sizes, dx_strides, dx_step, SINGLE, UNIT)
     tl.store(dh_ptr + o_dx, (g * (q * cdf)).to(dh_ptr.dtype.element_ty), mask=m)
     tl.store(dq_ptr + o_dx, dq.to(dq_ptr.dtype.element_ty), mask=m)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsds import reference
 from fastsds.kernels import launch
-from fastsds.kernels.noise import offsets
+from fastsds.kernels.noise import places
 
 MAX_ROW = 8192  # elements of a row: 8 a thread at 1,024 threads
 
@@ -39,12 +39,12 @@ def _layer_norm_kernel(
     o_i = tl.arange(0, COLUMNS)[None, :]
     m_i = o_i < units * UNIT
     m = (o_r < rows) & m_i
-    x = tl.load(x_ptr + offsets(o_r, sizes, x_strides, SINGLE) * UNIT + o_i * x_step, mask=m, other=0.0)
+    x = tl.load(x_ptr + places(o_r, o_i, sizes, x_strides, x_step, SINGLE, UNIT), mask=m, other=0.0)
     d, var = _centred(x.to(tl.float32), m, units * UNIT)
     w = tl.load(w_ptr + o_i, mask=m_i, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + o_i, mask=m_i, other=0.0).to(tl.float32)
     y = d * tl.rsqrt(var + eps) * w + b
-    tl.store(y_ptr + offsets(o_r, sizes, y_strides, SINGLE) * UNIT + o_i * y_step, y.to(y_ptr.dtype.element_ty), mask=m)
+    tl.store(y_ptr + places(o_r, o_i, sizes, y_strides, y_step, SINGLE, UNIT), y.to(y_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _layer_norm_gradient_kernel(
     m_i = o_i < units * UNIT
     m = (o_r < rows) & m_i
     n = units * UNIT
-    x = tl.load(x_ptr + offsets(o_r, sizes, x_strides, SINGLE) * UNIT + o_i * x_step, mask=m, other=0.0)
-    g = tl.load(g_ptr + offsets(o_r, sizes, g_strides, SINGLE) * UNIT + o_i * g_step, mask=m, other=0.0)
+    x = tl.load(x_ptr + places(o_r, o_i, sizes, x_strides, x_step, SINGLE, UNIT), mask=m, other=0.0)
+    g = tl.load(g_ptr + places(o_r, o_i, sizes, g_strides, g_step, SINGLE, UNIT), mask=m, other=0.0)
     d, var = _centred(x.to(tl.float32), m, n)
     rstd = tl.rsqrt(var + eps)
     xhat = d * rstd
@@ -67,7 +67,7 @@ def _layer_norm_gradient_kernel(
     mean = tl.sum(h, 1, keep_dims=True) / n
     slope = tl.sum(h * xhat, 1, keep_dims=True) / n
     dx = rstd * (h - mean - xhat * slope)
-    tl.store(dx_ptr + offsets(o_r, sizes, dx_strides, SINGLE) * UNIT + o_i * dx_step, dx.to(dx_ptr.dtype.element_ty), mask=m)
+    tl.store(dx_ptr + places(o_r, o_i, sizes, dx_strides, dx_step, SINGLE, UNIT), dx.to(dx_ptr.dtype.element_ty), mask=m)
 
 
 def _launch(kernel, tensors, weights, eps):

@@ -35,6 +35,12 @@ def offsets(o_i, sizes, strides, CONTIGUOUS: tl.constexpr):
 
 
 @triton.jit
+def places(o_r, o_i, sizes, strides, step, SINGLE: tl.constexpr, UNIT: tl.constexpr):
+    """Offset of columns o_i of rows o_r, as launch.Rows describes them: 64 bits, as columns may lie far apart."""
+    return offsets(o_r, sizes, strides, SINGLE) * UNIT + o_i.to(tl.int64) * step
+
+
+@triton.jit
 def row_value(ptr, i_b, o_i, m_i, frames, frame, FRAMED: tl.constexpr):
     """The factor of sample i_b, or of the frame that each of its elements o_i lies in: `frame` elements each."""
     if FRAMED:

@@ -131,6 +131,16 @@ def test_inject_grad(dtype, device):
     torch.testing.assert_close(leaf.grad.double(), kept, rtol=2 * max(info.eps, 1e-7), atol=info.smallest_normal * info.eps)
 
 
+@pytest.mark.parametrize("loss", (ops.inject_grad, lambda x, g, **how: ops.dmd_loss(x, g, 2 * g, **how)))
+def test_a_mask_made_under_inference_mode(loss):
+    x, grad, _ = sample((2, 3))
+    with torch.inference_mode():
+        mask = torch.tensor([True, False])
+    x.requires_grad_()
+    loss(x, grad, mask=mask, value="dot").backward()
+    assert x.grad[0].all() and not x.grad[1].any()
+
+
 def test_inject_grad_of_an_inference_tensor():
     x, grad, _ = sample((2, 3))
     with torch.inference_mode():

@@ -186,6 +186,8 @@ X = torch.zeros(2, 4, 8, 8)
         (lambda: ops.add_noise(X, 0, ABAR, "x"), "noise: a tensor or a Noise"),
         (lambda: ops.add_noise(X, 0, ABAR, stream(3)), "3 sample_ids for a batch of 2"),
         (lambda: ops.add_noise(X, 0, ABAR, X, generator=torch.Generator()), "generator"),
+        (lambda: ops.add_noise(X, 0, ABAR, generator=[0]), "generator: a torch.Generator on cpu expected, got list"),
+        (lambda: ops.add_noise(X.to("meta"), 0, ABAR, generator=torch.Generator()), "generator: .* on meta expected"),
         (lambda: ops.add_noise(X, torch.zeros(2, 3, dtype=torch.int64), ABAR), r"t: shape \(2, 3\)"),
         (lambda: ops.add_noise(X, torch.zeros(2, 4, 8, 8, dtype=torch.int64), ABAR), "one a sample or frame"),
         (lambda: ops.add_noise(X, 1000, ABAR), r"t: values in \[0, 999\] expected"),

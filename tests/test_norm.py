@@ -56,6 +56,21 @@ def test_geglu_against_float64(shape, layout, dtype, device):
     check(ops.geglu, eager_geglu, x, g[..., : shape[-1] // 2], dtype)
 
 
+@pytest.mark.parametrize("device", testing.devices())
+def test_columns_that_lie_far_apart(device):
+    """The last column is 2^31 elements behind the first. (Storage that nobody writes takes no memory on the CPU.)"""
+    step = -(-(2**31) // 7)
+    storage = torch.UntypedStorage(2 * (7 * step + 4), device=device)
+    x, w, b, g = sample((4, 8), torch.float16, device)
+    far = torch.empty(0, dtype=torch.float16, device=device).set_(storage, 0, (4, 8), (1, step))
+    far.copy_(x.detach()).requires_grad_()
+    for function in (lambda x: ops.layer_norm(x, w, b), ops.geglu):
+        y, near = function(far), function(x)
+        assert torch.equal(y, near)
+        upstream = g[:, : y.shape[1]]
+        assert torch.equal(*(torch.autograd.grad(v, leaf, upstream)[0] for v, leaf in ((y, far), (near, x))))
+
+
 def channels(shape, dtype, device, layout):
     """x [B, C, ...], weight and bias [C], upstream gradient."""
     x, _, _, g = sample(shape, dtype, device)

@@ -47,6 +47,19 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
 
 
+def test_compiles_with_a_timestep_a_frame_and_sizes_unknown():
+    def loss(x, pred, t, keep):
+        noise = ops.Noise(3, 5, [7, 8])
+        loss = ops.sds_loss(x, pred, noise, t, ABAR, weighting=lambda alpha, sigma: sigma)
+        return loss + ops.dmd_loss(x, pred, 2 * x, mask=keep)
+
+    torch._dynamo.reset()
+    x, pred = torch.randn(2, 2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([[0, 500, 999], [1, 2, 3]])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x, pred, t, t > 1), loss(x, pred, t, t > 1))
+
+
 LOSSES_AND_NORMS = {
     "add_noise": lambda x: ops.add_noise(x, 500, ABAR, torch.ones_like(x))[0].square().sum(),
     "sds_loss": lambda x: ops.sds_loss(x, x.detach(), ops.Noise(0, 0, [0, 1]), 500, ABAR).square(),
@@ -57,6 +70,7 @@ LOSSES_AND_NORMS = {
     "group_norm_silu": lambda x: ops.group_norm_silu(x, torch.ones(4), torch.ones(4), 2).square().sum(),
     "layer_norm": lambda x: ops.layer_norm(x, torch.ones(3), torch.ones(3)).square().sum(),
     "geglu": lambda x: ops.geglu(x[..., :2]).square().sum(),
+    "attention": lambda x: ops.attention(*[x[..., :1] + torch.arange(40.0)] * 3).square().sum(),
 }
 
 
@@ -234,7 +248,14 @@ def test_public_names_are_light(python):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_autocast_changes_nothing():
+def attend(x, other, *_):
+    q, k = (v.reshape(2, 1, 4, 64)[..., :40].contiguous() for v in (x, other))
+    y = ops.attention(q, k, k)
+    return y.square().sum(), y, y.detach()
+
+
+@pytest.mark.parametrize("step", (step, attend))
+def test_autocast_changes_nothing(step):
     plain = results(step)
     with torch.autocast("cpu", torch.bfloat16):
         cast = results(step)

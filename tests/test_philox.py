@@ -201,6 +201,7 @@ def test_draw_packs_purpose_and_visit():
         (lambda: ops.Noise(0, 0, [0]).words(-1), "n: an int"),
         (lambda: ops.Noise(0, 0, [0]).normal((-1, 3)), "shape: ints"),
         (lambda: ops.Noise(0, 0, [0]).normal(2.0), "shape: ints"),
+        (lambda: ops.Noise(0, 0, [0]).normal((2**30, 2**30)), r"shape .*: fewer than 2\^31 elements a sample"),
         (lambda: ops.draw(0, torch.tensor([2**28], dtype=torch.uint32)), "visit: values"),
         (lambda: ops.Noise(0, torch.tensor([2**63], dtype=torch.uint64), [0]), "draw: values"),
         (lambda: ops.draw(16, 0), "purpose"),
