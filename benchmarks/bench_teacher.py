@@ -25,7 +25,8 @@ PLAIN = dict(attention=None, fused=False, memory_format=None)
 IDEAS = {
     "channels_last": dict(PLAIN, memory_format="channels_last"),
     "attention": dict(PLAIN, attention="auto"),
-    "norms": dict(PLAIN, fused=("norms",)),
+    "group norms": dict(PLAIN, fused=("norms",)),
+    "layer norms": dict(PLAIN, fused=("layer_norms",)),
     "gates": dict(PLAIN, fused=("gates",)),
     "remade gates": dict(PLAIN, fused=("remade_gates",)),
     "convolutions": dict(PLAIN, fused=("convolutions",)),

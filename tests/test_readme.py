@@ -2,7 +2,7 @@
 
 import re
 
-BLOCKS = {"demo": "docs/results/demo/table.md", "seeds": "docs/results/seeds/table.md"}
+BLOCKS = {"demo": "docs/results/demo/table.md", "seeds": "docs/results/seeds/table.md", "bank": "docs/results/bank/table.md"}
 
 
 def test_tables_are_the_files(root):

@@ -87,7 +87,9 @@ class Processor:
             out = layer(out)
         if image is not None:
             out = out.transpose(1, 2).reshape(image)
-        return (out + residual if attn.residual_connection else out) / attn.rescale_output_factor
+        if attn.residual_connection:
+            out = out + residual
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 def shapes(unet: torch.nn.Module, text_length: int = 77) -> dict[str, Shape]:
