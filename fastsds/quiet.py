@@ -60,9 +60,10 @@ def loading():
         return transformers_logging.EmptyTqdm(*args, **kwargs)
 
     libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
+    levels, bars = [library.get_verbosity() for library in libraries], diffusers_logging.is_progress_bar_enabled()
     before = transformers_logging.set_tqdm_hook(no_bar)
     try:
+        diffusers_logging.disable_progress_bar()
         for library in libraries:
             library.set_verbosity_error()
         yield
@@ -70,3 +71,5 @@ def loading():
         for library, level in zip(libraries, levels):
             library.set_verbosity(level)
         transformers_logging.set_tqdm_hook(before)
+        if bars:
+            diffusers_logging.enable_progress_bar()

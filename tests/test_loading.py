@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import random
 import shutil
@@ -101,6 +102,23 @@ def test_sd2s_text_is_the_penultimate_block_of_openclip(made, teachers):
         for block in tower.transformer.resblocks[:23]:
             x = block(x, attn_mask=tower.attn_mask)
         torch.testing.assert_close(teachers[2][1].embed(CAPTIONS[:2]), tower.ln_final(x), rtol=1e-4, atol=1e-4)
+
+
+TEXT_MODEL = "cond_stage_model.transformer.text_model."
+VARIANTS = {
+    "without text_model.": lambda t: [
+        t.update({k.replace("text_model.", ""): t.pop(k)}) for k in list(t) if k.startswith(TEXT_MODEL)
+    ],
+    "with CLIP's projection": lambda t: t.update({"cond_stage_model.transformer.text_projection.weight": torch.eye(64)}),
+    "pruned": lambda t: [t.pop(k) for k in list(t) if "model_ema." in k or "position_ids" in k],
+    "unpruned": lambda t: t.update({k: torch.zeros(2) for k in ("betas", "model_ema.decay", "first_stage_model.loss.logvar")}),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_variants_of_a_file(made, teachers, tmp_path, case):
+    teacher = Teacher.load(edited(made[1][1], tmp_path / "variant.safetensors", VARIANTS[case]))
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), teachers[1][1].parameters(), strict=True))
 
 
 def captions(n: int) -> list[str]:
@@ -389,6 +407,94 @@ def test_truncated_files_are_named(made, changed, tmp_path):
         weights.write_bytes(whole)
 
 
+def sharded(folder, variant=None):
+    """A folder with each part's weights in several files and an index."""
+    for part, module in zip(("unet", "vae", "text_encoder"), Teacher.load(folder).modules(), strict=True):
+        for file in (folder / part).glob("*.safetensors"):
+            file.unlink()
+        module.save_pretrained(folder / part, max_shard_size="1MB" if part == "unet" else "300KB", variant=variant)
+    return folder
+
+
+@pytest.mark.parametrize("variant", (None, "fp16"))
+def test_sharded_weights(changed, teachers, variant, capfd):
+    folder = sharded(changed({}), variant)
+    assert all(len(list((folder / part).glob("*.safetensors"))) > 1 for part in NAMES.values())
+    capfd.readouterr()
+    teacher = Teacher.load(folder)
+    assert capfd.readouterr().err == ""  # no bar
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), teachers[1][0].parameters(), strict=True))
+    lost = sorted((folder / "unet").glob("*.safetensors"))[1]
+    lost.unlink()  # as of a download that was interrupted
+    with pytest.raises(ConfigError, match=f"changed: unet/{lost.name} is missing"):
+        Teacher.load(folder)
+    assert not loading._holds(loading.Folder(folder), ("unet",)) and loading._holds(loading.Folder(folder), ("vae",))
+
+
+def test_weights_in_pickles_are_read_without_a_word(changed, teachers, caplog):
+    folder = changed({})
+    for part, stem in zip(NAMES.values(), ("diffusion_pytorch_model", "diffusion_pytorch_model", "pytorch_model")):
+        weights = next((folder / part).glob("*.safetensors"))
+        torch.save(load_file(weights), folder / part / f"{stem}.bin")
+        weights.unlink()
+    logging.getLogger("diffusers").addHandler(caplog.handler)  # it does not propagate
+    try:
+        teacher = Teacher.load(folder)
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not caplog.records
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), teachers[1][0].parameters(), strict=True))
+
+
+def test_a_tokenizer_without_its_configuration_is_not_guessed(changed):
+    folder = changed({})
+    (folder / "tokenizer/tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="changed: tokenizer/tokenizer_config.json is missing"):
+        Teacher.load(folder, parts=("text",))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_folders_of_older_versions(made, teachers, tmp_path, version):
+    """As SD's own repositories hold them: transformers 4's names and tokenizer files, diffusers 0.6's VAE and scheduler."""
+    folder = shutil.copytree(made[version][0], tmp_path / "old")
+
+    def renamed(part, change):
+        weights = next((folder / part).glob("*.safetensors"))
+        save_file({change(k): v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+
+    def attention(name):
+        for now, then in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            name = name.replace(now, then) if "attentions" in name else name
+        return name
+
+    renamed("text_encoder", lambda name: f"text_model.{name}")
+    renamed("vae", attention)
+    assert any("proj_attn" in name for name in load_file(next((folder / "vae").glob("*.safetensors"))))
+    model = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "tokenizer/merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    special = {key: dict(content=word, lstrip=False, normalized=True, rstrip=False, single_word=False)
+               for key, word in (("bos_token", "<|startoftext|>"), ("eos_token", END), ("unk_token", END))}  # fmt: skip
+    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": END if version == 1 else "!"}
+    typed = {key: {"__type": "AddedToken", **word} for key, word in special.items()}
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({**about, **typed}))
+    (folder / "tokenizer/special_tokens_map.json").write_text(json.dumps({**special, "pad_token": about["pad_token"]}))
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    kept = {k: scheduler[k] for k in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")}
+    old = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "skip_prk_steps": True, "set_alpha_to_one": False}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({**kept, **old}))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker/model.safetensors").write_bytes(b"not read")
+    teacher, expected = Teacher.load(folder), teachers[version][0]
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), expected.parameters(), strict=True))
+    assert torch.equal(teacher.embed(CAPTIONS), expected.embed(CAPTIONS))
+    assert torch.equal(teacher.alphas_cumprod, expected.alphas_cumprod)
+    assert fingerprint(folder).keys() >= {"tokenizer/vocab.json", "tokenizer/merges.txt"}
+
+
 @pytest.mark.parametrize("part", NAMES.values())
 def test_a_missing_tensor_is_not_made_up(changed, part):
     folder = changed({})
@@ -437,9 +543,13 @@ def test_a_hub_id_on_disk_is_not_fetched(made, tmp_path, monkeypatch):
     shutil.copytree(made[1][0], repository / "snapshots" / "c0ffee")
     teacher = Teacher.load("hf-hub:org/sd", parts=("vae",))
     assert teacher.latent_shape == sd.LATENT and fingerprint("hf-hub:org/sd") == fingerprint(made[1][0])
-    next((repository / "snapshots" / "c0ffee" / "unet").glob("*.safetensors")).unlink()
-    monkeypatch.setattr(loading, "_fetch", lambda name, parts: made[1][0])  # of a part that is not there
-    assert Teacher.load("hf-hub:org/sd", parts=("unet",)).unet is not None
+    snapshot, fetched = repository / "snapshots" / "c0ffee", []
+    next((snapshot / "unet").glob("*.safetensors")).unlink()
+    (snapshot / "tokenizer/tokenizer.json").unlink()
+    monkeypatch.setattr(loading, "_fetch", lambda name, parts: fetched.append(parts) or made[1][0])  # what is not there
+    for part in ("unet", "text"):
+        assert len(Teacher.load("hf-hub:org/sd", parts=(part,)).modules()) == 1
+    assert fetched == [("unet",), ("text",)]
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):

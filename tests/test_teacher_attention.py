@@ -1,5 +1,8 @@
 """The attention of a UNet: what is chosen and why, and that nothing else changes, on tiny UNets of both families."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -278,6 +281,14 @@ def test_verify_sees_a_processor_that_was_replaced():
         block.set_processor(processor)
         with pytest.raises(RuntimeError, match=f"attn1: attention flash was chosen, {got} is in place"):
             attention.verify(net, choices)
+
+
+def test_an_attached_unet_can_be_copied_and_pickled():
+    net = unet()
+    choices, _ = attention.attach(net, "math")
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        attention.verify(other, choices)
+        assert all(torch.equal(one, same) for one, same in zip(ask(other), ask(net)))
 
 
 @FAMILIES

@@ -55,6 +55,9 @@ class Processor:
     def __init__(self, backend: str):
         self.backend, self.attend = backend, BACKENDS[backend].attend
 
+    def __reduce__(self):
+        return Processor, (self.backend,)
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         residual = hidden_states
         if attn.spatial_norm is not None:

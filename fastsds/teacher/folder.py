@@ -45,6 +45,10 @@ class Folder:
         for variant in (False, True):
             for suffix in SUFFIXES:
                 if found := [f for f in files if (".fp16" in f.name) == variant and f.suffix == suffix]:
+                    for index in self.path.glob(f"{name}/*{suffix}.index*.json"):
+                        if (".fp16" in index.name) == variant:
+                            shards = self._json(f"{name}/{index.name}").get("weight_map", {}).values()
+                            self._need(*(f"{name}/{shard}" for shard in shards))
                     return found
         default = "model.safetensors" if part == "text" else "diffusion_pytorch_model.safetensors"
         raise ConfigError(f"{self.where}: {name}/{default} is missing")
@@ -60,6 +64,7 @@ class Folder:
             if file.suffix == ".safetensors":
                 open_safetensors(file)
         options = dict(local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)  # the report tells
+        options["use_safetensors"] = files[0].suffix == ".safetensors"  # else diffusers calls a missing one an error
         if ".fp16" in files[0].name:
             options["variant"] = "fp16"
         if part == "text":
@@ -78,12 +83,16 @@ class Folder:
             raise ConfigError(f"{self.where}: {NAMES[part]}: tensor {name} is missing")
         return model
 
+    def check_tokenizer(self) -> None:
+        """Raise ConfigError unless its files are there; without tokenizer_config.json transformers guesses the padding."""
+        whole = (self.path / "tokenizer/tokenizer.json").is_file()
+        names = ("tokenizer_config.json", *(() if whole else ("vocab.json", "merges.txt")))
+        self._need(*(f"tokenizer/{name}" for name in names))
+
     def tokenizer(self):
         from transformers import CLIPTokenizer
 
-        for name in () if (self.path / "tokenizer/tokenizer.json").is_file() else ("vocab.json", "merges.txt"):
-            if not (self.path / "tokenizer" / name).is_file():
-                raise ConfigError(f"{self.where}: tokenizer/{name} is missing")
+        self.check_tokenizer()
         try:
             return CLIPTokenizer.from_pretrained(str(self.path / "tokenizer"), local_files_only=True)
         except Exception as error:
@@ -96,6 +105,11 @@ class Folder:
             if (self.path / name).is_dir():
                 found += self.weights(part)
         return sorted({f for f in found if f.parent.name in (*NAMES.values(), "tokenizer", "scheduler")})
+
+    def _need(self, *names: str) -> None:
+        for name in names:
+            if not (self.path / name).is_file():
+                raise ConfigError(f"{self.where}: {name} is missing")
 
     def _json(self, name: str) -> dict:
         path = self.path / name

@@ -132,9 +132,11 @@ def _holds(folder: Folder, parts: tuple[str, ...]) -> bool:
         for part in parts:
             folder.weights(part)
         folder.schedule()
+        if "text" in parts:
+            folder.check_tokenizer()
     except ConfigError:
         return False
-    return "text" not in parts or any(folder.path.glob("tokenizer/*.json"))
+    return True
 
 
 def _fetch(name: str, parts: tuple[str, ...]) -> Path:

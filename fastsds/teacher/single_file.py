@@ -27,6 +27,8 @@ HEAD = 64  # channels of an attention head: SD 2.x's UNet, both text models
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 SCALING = 0.18215  # of latents
 PIXELS = {"epsilon": 512, "v_prediction": 768}  # SD 2.x: the size its UNet was trained at
+# Of a text model, besides diffusers' own list: what CLIP's contrastive head needs, and a constant.
+UNUSED = ("logit_scale", "text_projection.weight", "embeddings.position_ids", "text_model.embeddings.position_ids")
 SPEC = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}  # modelspec.prediction_type
 
 
@@ -141,7 +143,8 @@ class SingleFile:
     def _text(self) -> dict:
         prefix = self.prefix("text")
         if self.version == 1:
-            prefix += "text_model."
+            if any(key.startswith(prefix + "text_model.") for key in self.shapes):  # some files leave that out
+                prefix += "text_model."
             tokens, places = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
             inner, layers = "encoder.layers.0.mlp.fc1.weight", self._count(prefix + "encoder.layers")
         else:  # ViT-H's 24 blocks less the last
@@ -181,7 +184,7 @@ class SingleFile:
         from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE
 
         prefix = self.prefix(part)
-        unused = {*SD_2_TEXT_ENCODER_KEYS_TO_IGNORE, prefix + "logit_scale", prefix + "text_model.embeddings.position_ids"}
+        unused = {*SD_2_TEXT_ENCODER_KEYS_TO_IGNORE} | {prefix + name for name in UNUSED}
         with open_safetensors(self.path) as file:
             names = [key for key in self.shapes if key.startswith(prefix) and key not in unused]
             tensors = {key: file.get_tensor(key).to(dtype) for key in names}
