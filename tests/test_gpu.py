@@ -30,6 +30,8 @@ image = torch.randn(2, 12, 9, 7, device="cuda").to(torch.bfloat16).requires_grad
 for v in (image, image.to(memory_format=torch.channels_last)):
     loss = loss + ops.group_norm_silu(v, w, w, 3).float().sum()
 tokens = ops.layer_norm(image.flatten(2).mT, w, w)
+q, k = (torch.randn(1, 2, n, 40, device="cuda").to(torch.bfloat16).requires_grad_() for n in (67, 33))
+loss = loss + ops.attention(q, k, k).float().sum()
 (loss + noise.uniform(9).sum() + ops.geglu(tokens).float().sum()).backward()
 torch.cuda.synchronize()
 """

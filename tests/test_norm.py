@@ -154,7 +154,10 @@ def test_opcheck_and_compile(device):
     torch.library.opcheck(layer_norm.layer_norm_gradient, (x.detach(), x.detach(), w, 1e-5))
     torch.library.opcheck(geglu.geglu, (x,))
     torch.library.opcheck(geglu.geglu_gradient, (x.detach()[..., :3], x.detach()))
-    torch.library.opcheck(group_norm_silu.group_norm_silu, (x, w[:4].clone(), b[:4].clone(), 2, 1e-5, True))
+    weights = w[:4].clone(), b[:4].clone()
+    torch.library.opcheck(group_norm_silu.group_norm_silu, (x, *weights, 2, 1e-5, True))
+    _, *statistics = group_norm_silu.group_norm_silu(x.detach(), *weights, 2, 1e-5, True)
+    torch.library.opcheck(group_norm_silu.group_norm_silu_gradient, (x.detach(), x.detach(), *weights, *statistics, 2, True))
     torch._dynamo.reset()
 
     def all_three(v):

@@ -86,6 +86,7 @@ def test_independent_of_batch_and_length():
         alone = ops.Noise(5, torch.tensor([6]), [sample_id])
         assert torch.equal(alone.normal(60)[0], whole[i].flatten())
         assert torch.equal(alone.normal(7)[0], whole[i].flatten()[:7])
+    assert torch.equal(noise.to("cpu").normal((3, 4, 5)), whole)
 
 
 def test_every_part_of_the_counter_matters():

@@ -515,6 +515,20 @@ def test_one_timestep_a_frame(dtype, device):
     ours = ops.sds_loss(x, pred, eps, t[:, 0], abar, weighting=w, **how)[1]
     alone = ops.sds_loss(flat[0], flat[1], eps.flatten(0, 1), 500, abar, weighting=w.flatten(), **how)[1]
     assert torch.equal(ours.flatten(0, 1), alone)
+    # a weight by the error of x0 is still one a sample, over its frames' own levels
+    how = dict(x_t=x_t, prediction_type="v_prediction", reduction="sum", return_grad=True)
+    plain, ours = (ops.sds_loss(x, pred, eps, t, abar, weighting=w, **how)[1].double() for w in ("uniform", "x0_error"))
+    clean = ops.convert(pred.double(), x_t.double(), t, abar, source="v", target="x0")
+    testing.assert_close(ours, plain / (x.double() - clean).abs().flatten(1).mean(1).view(2, 1, 1, 1, 1), dtype)
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_the_gradient_is_laid_out_as_x0(memory_format):
+    x, pred, _, eps, t = sample((2, 3, 4, 5))
+    x = x.to(memory_format=memory_format).requires_grad_()
+    for ref in (eps, eps.to(memory_format=torch.channels_last)):
+        for loss in (lambda ref: ops.sds_loss(x, pred, ref, t, ABAR), lambda ref: ops.denoising_loss(x, ref, t, ABAR)):
+            assert torch.autograd.grad(loss(ref), x)[0].is_contiguous(memory_format=memory_format)
 
 
 def test_weights_by_rank_and_by_function():
@@ -528,6 +542,7 @@ def test_weights_by_rank_and_by_function():
         (ops.power(2, -1), alpha**2 / sigma),
         (ops.min_snr(3.0, "eps"), (alpha / sigma).square().clamp(max=3) / (alpha / sigma).square()),
         (ops.min_snr(3.0, "v"), (alpha / sigma).square().clamp(max=3) / ((alpha / sigma).square() + 1)),
+        (ops.min_snr(3.0, "flow"), (alpha / sigma).square().clamp(max=3) * sigma**2 / (alpha + sigma) ** 2),
         (lambda a, s: torch.full_like(a, 2.0), torch.full((4,), 2.0)),
     ):
         grad = ops.sds_loss(x, pred, eps, t, ABAR, weighting=weighting, **how)[1]
