@@ -643,11 +643,11 @@ def test_dynamo_takes_it_whole(one_level, options):
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor(one_level, monkeypatch):
-    # inductor's cache on disk does not know what an op of ours was when the graph was stored
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+def test_compiled_by_inductor(one_level):
     before, plain = state(one_level), ask(one_level)
-    with accelerate_unet(one_level, attention=None, compile="default") as acceleration:
+    # inductor's cache on disk does not know what an op of ours was when the graph was stored
+    no_cache = torch._inductor.config.patch(force_disable_caches=True)
+    with no_cache, accelerate_unet(one_level, attention=None, compile="default") as acceleration:
         assert max(map(relative, ask(one_level), plain)) <= 1e-5
         assert "compiled, default" in str(acceleration)
     assert_same_state(state(one_level), before)

@@ -38,7 +38,7 @@ class Folder:
         return self._json(f"{NAMES[part]}/config.json")
 
     def weights(self, part: str) -> list[Path]:
-        """The files that hold a part's weights: plain ones before the fp16 variant, safetensors before pickles."""
+        """The files that hold a part's weights: plain ones before the fp16 variant, safetensors before .bin."""
         name = NAMES[part]
         files = sorted(self.path.glob(f"{name}/*"))
         files = [f for f in files if f.suffix in SUFFIXES and ".non_ema." not in f.name]

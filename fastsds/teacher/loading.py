@@ -104,7 +104,7 @@ def _local(path: str | Path) -> Path:
         path = world.TEACHER
     path = Path(path)
     if path.is_file() and path.suffix != ".safetensors":
-        raise ConfigError(f"teacher.path: {path} is not a .safetensors file; pickles are not read: convert it first")
+        raise ConfigError(f"teacher.path: {path} is not a .safetensors file; nothing else is read: convert it first")
     if not path.exists():
         raise ConfigError(
             f"teacher.path: {path} does not exist (expected a diffusers folder, a .safetensors file, or {HUB}ORG/NAME)"
