@@ -72,3 +72,12 @@ def test_the_flop_of_a_floor_have_attention_in_them():
     product = 2 * 2 * 3 * 64 * 64 * 16
     assert testing.count_flop(torch.no_grad()(lambda: F.scaled_dot_product_attention(q, q, q))) == 2 * product
     assert testing.count_flop(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward()) == 6 * product
+
+
+def test_what_is_kept_says_what_the_pages_and_the_readme_say(report, root, capsys):
+    """`benchmarks/report.py check`: every table is made from benchmarks/results/*.json."""
+    assert report.main(["check"]) == 0, capsys.readouterr().out
+    assert (root / "benchmarks" / "results" / "cpu.json").is_file()
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for mark in report.BLOCKS:
+        assert f"<!-- {mark} -->\n|" not in text and f"<!-- {mark} -->\n<!--" not in text, f"nothing is said under {mark}"
