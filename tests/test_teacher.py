@@ -165,7 +165,7 @@ def test_a_missing_folder_is_named(folder, tmp_path):
     out = tmp_path / "broken"
     shutil.copytree(folder, out)
     shutil.rmtree(out / "tokenizer")
-    with pytest.raises(ConfigError, match="broken: tokenizer/vocab.json is missing"):
+    with pytest.raises(ConfigError, match="broken: tokenizer/tokenizer_config.json is missing"):
         Teacher.load(out)
     shutil.rmtree(out / "unet")
     with pytest.raises(ConfigError, match="broken: unet/config.json is missing"):
