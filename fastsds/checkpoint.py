@@ -29,7 +29,8 @@ FORMAT = 1
 KEEP = 2
 EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
 FREE = (
-    "output", "log_every", "checkpoint_every", "data.workers", "bank.path", "teacher.micro_batch",
+    "output", "log_every", "checkpoint_every", "data.workers", "bank.path", "teacher.micro_batch", "teacher.accelerate",
+    "teacher.attention", "teacher.compile", "teacher.cuda_graph", "teacher.checkpoint",
     "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
 _NAME = re.compile(r"step_(\d{8,})$")

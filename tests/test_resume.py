@@ -137,3 +137,15 @@ def test_evaluations_are_those_of_the_uninterrupted_run(tmp_path, monkeypatch):
     for step in (0, 2, 4):
         ours, theirs = (tmp_path / name / f"items_{step}.jsonl" for name in ("run", "whole"))
         assert ours.read_text() == theirs.read_text()
+
+
+def test_how_the_teacher_is_asked_may_change_half_way(base, tmp_path, monkeypatch):
+    """A run that does not fit goes on in less memory: the gradient is the same, to rounding."""
+    sets, output = arguments(base, "full"), tmp_path / "run"
+    stop_at(monkeypatch, 4)
+    assert runs.train(*sets, "--output", output) == 130
+    monkeypatch.undo()
+    leaner = runs.sets("teacher.accelerate=true", "teacher.checkpoint=true", "teacher.micro_batch=8")
+    assert runs.train(*sets, *leaner, "--output", output, "--resume", "latest") == 0
+    assert runs.train(*sets, "--output", tmp_path / "whole") == 0
+    assert runs.relative(runs.losses(output), runs.losses(tmp_path / "whole")) < 1e-4
