@@ -22,6 +22,7 @@ import torch
 
 import fastsds
 from fastsds.config import ConfigError, Recipe, as_dict
+from fastsds.durable import sync
 from fastsds.engine import MOMENTS
 from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
 
@@ -95,7 +96,7 @@ def save(output: Path, step: int, engine, student: Student, recipe: Recipe, obje
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_one(final.parent)
+        sync(final.parent)
         for old in steps(output)[:-KEEP]:
             shutil.rmtree(path_of(output, old))
     engine.barrier()
@@ -229,12 +230,4 @@ def _show(engine: dict) -> str:
 def _sync(root: Path) -> None:
     """fsync every file and folder under root."""
     for path in [*root.rglob("*"), root]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -57,12 +57,9 @@ def alphas_cumprod(steps=1000):
     return torch.cumprod(1 - betas, 0).float()
 
 
-def held_for_backward(run, *modules):
-    """Bytes that autograd holds when run() has returned: distinct storages, those of the modules' weights excluded.
-
-    What is held elsewhere than through `save_for_backward` (an attribute of a ctx) is not seen. Under FakeTensorMode the
-    bytes are those that a real run would hold.
-    """
+@contextlib.contextmanager
+def holding(*modules):
+    """Yield {address: storage} of what autograd saves inside, the modules' weights left out."""
     weights = {v.untyped_storage()._cdata for m in modules for v in (*m.parameters(), *m.buffers())}
     held = {}  # the storages themselves, so that no address is used twice
 
@@ -73,6 +70,16 @@ def held_for_backward(run, *modules):
         return v
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        yield held
+
+
+def held_for_backward(run, *modules):
+    """Bytes that autograd holds when run() has returned: distinct storages, those of the modules' weights excluded.
+
+    What is held elsewhere than through `save_for_backward` (an attribute of a ctx) is not seen. Under FakeTensorMode the
+    bytes are those that a real run would hold.
+    """
+    with holding(*modules) as held:
         result = run()
     size = sum(storage.nbytes() for storage in held.values())
     del result

@@ -124,7 +124,7 @@ class Oracle:
 
     latent_shape, device, prediction_type = (2, 4, 4), torch.device("cpu"), "epsilon"
     alphas_cumprod = torch.linspace(0.999, 0.01, 100)
-    asked, score = 0, Teacher.score
+    asked, score, _answer = 0, Teacher.score, Teacher._answer
 
     def encode(self, pixels):
         return pixels[:, 0, 0, 0].float().view(-1, 1, 1, 1).expand(-1, *self.latent_shape).clone()

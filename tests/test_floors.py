@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "config", "testing"),
+    ("quiet", "progress", "durable", "config", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),

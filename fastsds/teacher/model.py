@@ -119,9 +119,7 @@ class Teacher:
 
         Shapes: z0 [B, C, h, w], t int64 [B], noise a tensor or an `ops.Noise`, text [B, L, D] -> [B, C, h, w] in z0's dtype.
         """
-        z_t, _ = ops.add_noise(z0, t, self.alphas_cumprod, noise)
-        pred = self.predict(z_t, t, text)
-        return ops.convert(pred, z_t, t, self.alphas_cumprod, source=self.prediction_type, target="sample")
+        return self._answer(z0, t, noise, text, "sample")
 
     @torch.no_grad()
     def score(self, z0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -129,9 +127,7 @@ class Teacher:
 
         Shapes: as in `targets`; noise a tensor. Source: Li et al. 2023 (arXiv 2303.16203), one term of its sum.
         """
-        z_t, _ = ops.add_noise(z0, t, self.alphas_cumprod, noise)
-        pred = self.predict(z_t, t, text)
-        eps_hat = ops.convert(pred, z_t, t, self.alphas_cumprod, source=self.prediction_type, target="epsilon")
+        eps_hat = self._answer(z0, t, noise, text, "epsilon")
         return -(eps_hat.float() - noise).square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -167,6 +163,12 @@ class Teacher:
         with self._plain():
             images = self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def _answer(self, z0, t, noise, text, target: str) -> torch.Tensor:
+        """The prediction for a noised latent, as a prediction of type `target`."""
+        z_t, _ = ops.add_noise(z0, t, self.alphas_cumprod, noise)
+        pred = self.predict(z_t, t, text)
+        return ops.convert(pred, z_t, t, self.alphas_cumprod, source=self.prediction_type, target=target)
 
     def _plain(self):
         """A context without autocast: what is computed once must not depend on who asked first."""

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsds import ops, reference
 from fastsds.kernels import launch
-from fastsds.testing import TOLERANCE
+from fastsds.testing import TOLERANCE, holding
 
 SCORES_BYTES = 1 << 31  # math is not tried where its scores alone would take more: there it never wins, and may not fit
 
@@ -156,14 +156,15 @@ def probe(backend: Backend, shape: Shape, batch: int, device: torch.device, dtyp
 
         stage = "no operator"
         try:
-            held = {}
-            with torch.autograd.graph.saved_tensors_hooks(lambda v: _hold(held, v), lambda v: v):
+            with holding() as held:
                 out = forward()
+            saved = sum(storage.nbytes() for storage in held.values())
+            held.clear()
             stage = "no backward"
             found = (out.detach(), *torch.autograd.grad(out, leaves, g))
             if wrong := _wrong(found, _exact(shape, batch, device, dtype)):
                 return Probe(reason=f"wrong: {wrong}")
-            return Probe(_milliseconds(both, device), sum(held.values()))
+            return Probe(_milliseconds(both, device), saved)
         except Exception as error:  # a third party's operator may fail in any way; the reason is kept
             return Probe(reason=f"{stage}: {_why(error, said)}")
 
@@ -186,11 +187,6 @@ def _inputs(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) 
         torch.randn(batch, n, shape.heads * shape.head_dim, generator=generator, device=device).to(dtype) for n in rows
     )
     return [*(x.requires_grad_() for x in ((2 * q.detach()), k, v)), g]
-
-
-def _hold(held: dict[int, int], v: Tensor) -> Tensor:
-    held[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
-    return v
 
 
 @functools.lru_cache(maxsize=1)  # one shape's backends come one after the other

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError
+from fastsds.durable import sync
 
 INDEX = "index.json"
 
@@ -162,12 +163,3 @@ def check_same(where: Path | str, found: dict, expected: dict, of: str = "") -> 
 def _short(value) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def sync(folder: Path) -> None:
-    """Make a rename in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
