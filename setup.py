@@ -25,6 +25,8 @@ def data_files(package: str) -> list[str]:
             if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts]
 
 
+DATA = ["webdataset>=1,<2", "datasets>=4,<6"]  # shards, and Hugging Face data sets on disk
+LOGS = ["tensorboard>=2.19", "wandb>=0.20"]
 BENCH = ["pytest>=8.1", "pytest-benchmark>=5,<6"]
 
 setup(
@@ -59,8 +61,9 @@ setup(
     ],
     extras_require={
         # setuptools builds the wheel that the packaging tests look into
-        "test": [*BENCH, "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82"],
+        "test": [*BENCH, *DATA, *LOGS, "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82"],
         "bench": BENCH,
-        "wandb": ["wandb>=0.20"],
+        "data": DATA,
+        "logs": LOGS,
     },
 )
