@@ -40,7 +40,7 @@ def recipe_of(base, folder, *more):
 def made(base, folder, *more, rank=0, world=1):
     recipe = recipe_of(base, folder, *more)
     teacher = Teacher.load(recipe.teacher.path)
-    bank.build(recipe, teacher, open_source(recipe.data, teacher.image_size), rank, world)
+    bank.build(recipe, teacher, open_source(recipe.data), rank, world)
     return recipe
 
 
@@ -52,7 +52,7 @@ def built(base, tmp_path_factory):
 
 def opened(recipe, **how):
     found = bank.Bank(recipe)
-    found.attach(open_source(recipe.data, tiny.IMAGE), **how)
+    found.attach(open_source(recipe.data), **how)
     return found
 
 
@@ -62,7 +62,7 @@ def files(folder):
 
 def test_targets_are_the_teachers(built):
     recipe, _ = built
-    teacher, source = Teacher.load(recipe.teacher.path), open_source(recipe.data, tiny.IMAGE)
+    teacher, source = Teacher.load(recipe.teacher.path), open_source(recipe.data)
     ids, visits = torch.tensor([69, 3, 0, 41]), torch.tensor([0, 1, 5, 3])  # visits 5 and 3 take draws 2 and 0
     samples = source.load(ids, visits, teacher.image_size)
     found = opened(recipe).read(ids, visits, samples)
@@ -163,15 +163,15 @@ def test_a_changed_image_of_the_same_size_is_noticed(base, tmp_path):
     (tmp_path / "data.tsv").write_text("\n".join(rows) + "\n")
     sets = (f"data.source={tmp_path / 'data.tsv'}", "data.samples=16")
     recipe, ids = made(base, tmp_path / "bank", *sets), torch.arange(16)
-    source = open_source(recipe.data, tiny.IMAGE)
-    opened(recipe).read(ids, ids * 0, source.load(ids))
+    source = open_source(recipe.data)
+    opened(recipe).read(ids, ids * 0, source.load(ids, ids * 0, tiny.IMAGE))
     content = bytearray((tmp_path / "5.bmp").read_bytes())
     content[-1] ^= 1
     (tmp_path / "5.bmp").write_bytes(content)
     found = opened(recipe)
-    found.read(ids[:5], ids[:5] * 0, source.load(ids[:5]))
-    with pytest.raises(ConfigError, match="sample 5, 'a red ring, number 5', has another image or caption"):
-        found.read(ids, ids * 0, source.load(ids))
+    found.read(ids[:5], ids[:5] * 0, source.load(ids[:5], ids[:5] * 0, tiny.IMAGE))
+    with pytest.raises(ConfigError, match="pair 5, 'a red ring, number 5', has another image or caption"):
+        found.read(ids, ids * 0, source.load(ids, ids * 0, tiny.IMAGE))
 
 
 def test_a_bank_of_another_teacher_or_a_damaged_one_is_refused(base, built, tmp_path):
@@ -186,10 +186,10 @@ def test_a_bank_of_another_teacher_or_a_damaged_one_is_refused(base, built, tmp_
     shutil.copytree(folder, tmp_path / "bank")
     shard = tmp_path / "bank" / "generation_0000" / "shard_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
-    source = open_source(recipe.data, tiny.IMAGE)
+    source = open_source(recipe.data)
     first = torch.tensor([0])
     with pytest.raises(ConfigError, match="shard_00000.safetensors: damaged"):
-        opened(recipe_of(base, tmp_path / "bank")).read(first, first, source.load(first))
+        opened(recipe_of(base, tmp_path / "bank")).read(first, first, source.load(first, first * 0, tiny.IMAGE))
 
 
 def test_it_says_what_it_will_cost_and_refuses_a_full_disk(base, tmp_path, capsys, monkeypatch):
@@ -280,7 +280,7 @@ def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, buil
         assert (ours["sds"] == theirs["sds"]) == (ours["step"] * 32 / ROWS <= DRAWS), ours["step"]
     recipe = recipe_of(base, built[1], *sets, f"output={tmp_path / 'run'}")
     teacher, ids = Teacher.load(recipe.teacher.path, parts=("unet",)), torch.tensor([5, 60])
-    samples = open_source(recipe.data, tiny.IMAGE).load(ids)
+    samples = open_source(recipe.data).load(ids)
     found = opened(recipe, teacher=teacher).read(ids, torch.tensor([7, 9]), samples)
     for row, draw in enumerate((7, 9)):
         t = ops.Noise(4, ops.draw(ops.Purpose.TIMESTEP, draw), ids[row : row + 1]).randint(200, 900)
