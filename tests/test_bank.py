@@ -174,6 +174,38 @@ def test_a_changed_image_of_the_same_size_is_noticed(base, tmp_path):
         found.read(ids, ids * 0, source.load(ids, ids * 0, tiny.IMAGE))
 
 
+def test_each_caption_of_an_image_has_targets_and_a_damaged_image_is_passed_over(base, tmp_path, monkeypatch):
+    from PIL import Image
+
+    rows = ["filepath\ttitle"]
+    for i, image in enumerate(tiny.pixels(24)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.bmp")
+        rows += [f"{i}.bmp\t{said}, number {i}" for said in ("a red ring", "the blue ring", "a cross")[: 1 + i % 3]]
+    (tmp_path / "7.bmp").write_bytes(b"not an image")
+    (tmp_path / "data.tsv").write_text("\n".join(rows) + "\n")
+    sets = (f"data.source={tmp_path / 'data.tsv'}", "data.samples=24", "data.batch=8", "steps=12")
+    with pytest.raises(ConfigError, match="max_skipped is 0.001, and 1 of 48 pairs cannot be used:\n  7.bmp: not a readable image"):
+        made(base, tmp_path / "bank", *sets)
+    sets += ("data.max_skipped=0.05",)
+    recipe, teacher = made(base, tmp_path / "bank", *sets), Teacher.load(base.parent / "teacher")
+    source, found, ids = open_source(recipe.data), opened(recipe), torch.arange(24)
+    samples = source.load(ids, ids * 0 + 5, tiny.IMAGE).take([i for i in range(24) if i != 7])
+    assert len(set(samples.rows.tolist())) == 23 and samples.rows.max() > 24
+    answers = found.targets(None, samples.rows * 0 + 5, samples)
+    t = ops.Noise(4, ops.draw(ops.Purpose.TIMESTEP, 5 % DRAWS), samples.rows).randint(200, 900)
+    assert torch.equal(answers["abar"], teacher.alphas_cumprod[t])
+    for name, expected in (("text", teacher.embed(samples.captions)), ("latents", teacher.encode(samples.pixels))):
+        answer = (found.texts if name == "text" else found.latents)(None, None, samples)[name]
+        torch.testing.assert_close(answer.float(), expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    for gradient in ("amortised", "latents"):
+        out = tmp_path / gradient
+        assert all(row["sds"] > 0 for row in train(base, tmp_path / "bank", out, *sets, f"loss.gradient={gradient}"))
+        skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+        assert {row["id"] for row in skipped} == {7} and [row["epoch"] for row in skipped] == list(range(len(skipped)))
+        assert len(skipped) == 8  # 12 x 2 x 8 images of 23 good ones
+
+
 def test_a_bank_of_another_teacher_or_a_damaged_one_is_refused(base, built, tmp_path):
     recipe, folder = built
     other = tiny.save_teacher(tmp_path / "other", scale=0.25)

@@ -162,7 +162,9 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
         damaged.update({int(rows[k]): why for k, why in samples.damaged.items()})
         if len(damaged) > recipe.data.max_skipped * source.rows:
             shown = "".join(f"\n  {why}" for _, why in sorted(damaged.items())[:10])
-            raise ConfigError(f"data.max_skipped is {recipe.data.max_skipped}; of {source.rows:,} pairs cannot be used:{shown}")
+            raise ConfigError(
+                f"data.max_skipped is {recipe.data.max_skipped}, and {len(damaged)} of {source.rows:,} pairs cannot be used:{shown}"
+            )
         latent, text = teacher.encode(samples.pixels).half(), teacher.embed(samples.captions).half()
         return {"latent": latent, "text": text, "pair": samples.digests}
 
@@ -170,6 +172,8 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
         _announce(folder, cache, ask, teacher, a_row, world)
     cache = Shards.create(folder / CACHE, about, source.rows, size)
     _fill(cache, ask, "latents and captions", rank, world)
+    if damaged:
+        print(f"bank: {len(damaged)} pairs cannot be used, and training will pass over them, too", flush=True)
     fill_generation(folder, cache, teacher, 0, rank, world)
 
 
