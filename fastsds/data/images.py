@@ -134,7 +134,7 @@ def decode_image(content: bytes, sizes: list[int]) -> list[torch.Tensor]:
         with Image.open(BytesIO(content)) as file:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({str(error).replace(str(BytesIO), '').strip()})") from error
+        raise ValueError(f"not a readable image ({str(error).partition(' <')[0]})") from error
     return [torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous() for size in sizes]
 
 

@@ -163,7 +163,8 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
         if len(damaged) > recipe.data.max_skipped * source.rows:
             shown = "".join(f"\n  {why}" for _, why in sorted(damaged.items())[:10])
             raise ConfigError(
-                f"data.max_skipped is {recipe.data.max_skipped}, and {len(damaged)} of {source.rows:,} pairs cannot be used:{shown}"
+                f"data.max_skipped is {recipe.data.max_skipped}, and {len(damaged)} of {source.rows:,} pairs cannot be used:"
+                + shown
             )
         latent, text = teacher.encode(samples.pixels).half(), teacher.embed(samples.captions).half()
         return {"latent": latent, "text": text, "pair": samples.digests}
