@@ -157,16 +157,16 @@ def _wandb(output: Path, recipe: Recipe, start: int):
     import wandb
 
     kept = output / "wandb" / "id"
-    name = kept.read_text(encoding="utf-8") if start and kept.is_file() else wandb.util.generate_id()
+    earlier = kept.read_text(encoding="utf-8") if start and kept.is_file() else None
     try:
         run = wandb.init(
-            project=recipe.log.wandb, name=output.name, id=name, resume="allow", dir=output, config=as_dict(recipe),
+            project=recipe.log.wandb, name=output.name, id=earlier, resume="allow", dir=output, config=as_dict(recipe),
             reinit="finish_previous", settings=wandb.Settings(console="off"),
         )  # fmt: skip
     except wandb.errors.Error as error:
         raise ConfigError(f"log.wandb: {error} (WANDB_MODE=offline needs neither an account nor a network)") from error
     kept.parent.mkdir(exist_ok=True)
-    kept.write_text(name, encoding="utf-8")
+    kept.write_text(run.id, encoding="utf-8")
     return lambda step, numbers: run.log(numbers, step=step)
 
 
