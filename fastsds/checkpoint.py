@@ -30,10 +30,10 @@ FORMAT = 2
 KEEP = 2
 EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
 FREE = (
-    "output", "log_every", "checkpoint_every", "data.workers", "data.cache", "data.max_skipped", "bank.path",
+    "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
+    "data.workers", "data.cache", "data.max_skipped", "bank.path",
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
-    "teacher.checkpoint",
-    "eval.suite", "eval.every", "eval.items",
+    "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
 _NAME = re.compile(r"step_(\d{8,})$")
 
@@ -79,6 +79,7 @@ def save(
     final = path_of(output, step)
     partial = final.with_name(f".partial_{final.name}")
     weights, slots = engine.state(moments=not eight_bit)
+    own = objective.state_dict()  # collective
     if engine.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -88,7 +89,7 @@ def save(
     engine.barrier()
     if engine.rank == 0:
         save_student(weights, student, partial / "student")
-        extra = {EXACT: weights[EXACT], **{f"recipe.{k}": v.detach().cpu() for k, v in objective.state_dict().items()}}
+        extra = {EXACT: weights[EXACT], **{f"recipe.{k}": v.detach().cpu() for k, v in own.items()}}
         save_file({k: v.contiguous() for k, v in {**slots, **extra}.items()}, partial / "optimizer.safetensors")
         meta = {
             "format": FORMAT,

@@ -11,6 +11,7 @@ Every error is a `ConfigError`; the command line prints it and exits with code 2
 """
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -115,6 +116,12 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = False           # also OUTPUT/tensorboard
+    wandb: str | None = None            # a project of Weights & Biases; WANDB_MODE=offline works
+
+
+@dataclass(frozen=True)
 class Recipe:
     seed: int = 0
     output: str = "runs/world"
@@ -128,6 +135,7 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_every: int = 20
+    log: LogConfig = field(default_factory=LogConfig)       # beside metrics.jsonl
     checkpoint_every: int = 0           # 0: only at the end
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -145,7 +153,7 @@ for _keys, _test, _text in (
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
-    ("output student.model teacher.path teacher.attention bank.path data.source data.split data.cache",
+    ("output student.model teacher.path teacher.attention bank.path data.source data.split data.cache log.wandb",
      lambda v: bool(v.strip()), "a text that is not empty"),
 ):
     _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
@@ -402,6 +410,11 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
     if recipe.loss.negatives == "swapped" and recipe.data.source != "world":
         raise ConfigError("loss.negatives is 'swapped', which needs captions with swapped roles; only data.source world "
                           "has them: expected none")
+    for key, wanted, package in (("log.tensorboard", recipe.log.tensorboard, "tensorboard"),
+                                 ("log.wandb", recipe.log.wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} is {_show(wanted)}, and the package {package} is missing: "
+                              "pip install 'fastsds[logs]'")
     config = deepspeed_json or {}
     for key, expected, reason in (
         ("train_micro_batch_size_per_gpu", batch // world_size, f"data.batch {batch} / {world_size} ranks"),

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from fastsds import checkpoint, config, optimizer, sharding
+from fastsds import checkpoint, config, optimizer, profiling, sharding
 from fastsds.config import ConfigError, Recipe
 from fastsds.engine import device, ranks
 from fastsds.metrics import Metrics, counts, describe
@@ -49,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint")
     parser.add_argument("--output", metavar="DIR", help="override the recipe's output folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run, write nothing")
+    parser.add_argument("--profile", type=profiling.count, default=0, metavar="N", help="trace N steps into OUTPUT/profile")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser.parse_args(argv)
 
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     # Where the run starts: a checkpoint, or the head's initialisation.
-    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch)
+    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch,
+                        bank and bank.log_snr)
     saved = checkpoint.load(resume, recipe, count) if resume else None
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
@@ -134,13 +136,7 @@ def run(args: argparse.Namespace) -> int:
     if saved is not None:
         start = saved.step
         checkpoint.put_state(saved, engine, objective, recipe)
-    if rank == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "recipe.yaml").write_text(config.dump_recipe(recipe), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"output: {error}") from error
-    metrics = Metrics(output, rank, recipe.steps, start)
+    metrics = Metrics(output, rank, recipe, start)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
     if teacher and teacher.acceleration:
         metrics.note(f"teacher: {teacher.acceleration}")
@@ -165,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
     at = {"number": start * data.accumulation, "cursors": saved and saved.cursors}
     loader = batches(running, report=SkipLog(output), **at)
-    with stop:
+    with stop, profiling.trace(output, args.profile, start, recipe.steps, rank) as mark:
         for (batch, cursors), (step, micro) in zip(ahead(loader, len(places), data.workers), places, strict=True):
             last = micro == data.accumulation - 1
             done = step + 1
@@ -182,10 +178,11 @@ def run(args: argparse.Namespace) -> int:
                     seen.setdefault(key, []).append(value.detach().float())
             if not last:
                 continue
+            mark()
             if log:
                 means = engine.mean(torch.stack([torch.stack(v).mean() for v in seen.values()])).tolist()
                 row = dict(zip(seen, means, strict=True))
-                metrics.train(done, images, **row, lr=rate * recipe.optimizer.lr)
+                metrics.train(done, images, **row, grad_norm=engine.grad_norm(), lr=rate * recipe.optimizer.lr)
                 if not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss is {row['loss']} at step {done}; see {metrics.path}")
             if done < recipe.steps and recipe.eval.every and done % recipe.eval.every == 0:

@@ -14,7 +14,7 @@ FLOORS = (
     ("recipes",),
     ("world",),
     ("evaluation",),
-    ("optimizer", "metrics", "engine", "jobs"),
+    ("optimizer", "metrics", "profiling", "engine", "jobs"),
     ("sharding", "checkpoint", "report"),
     ("train", "comparison"),
     ("demo",),

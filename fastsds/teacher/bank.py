@@ -26,7 +26,7 @@ from fastsds import config, ops
 from fastsds.config import ConfigError, Recipe
 from fastsds.data import Samples
 from fastsds.progress import Line, clock
-from fastsds.schedule import timestep_range
+from fastsds.schedule import level_range, timestep_range
 from fastsds.teacher.loading import fingerprint
 from fastsds.teacher.model import Teacher
 from fastsds.teacher.shards import INDEX, Shards, check_same
@@ -52,7 +52,7 @@ class Bank:
         self.cache = Shards.open(self.folder / CACHE)
         wanted = _asked(recipe) if amortised else {"teacher": fingerprint(recipe.teacher.path)}
         check_same(self.folder, self.cache.about, {**self.cache.about, **wanted})
-        self.latent_shape = tuple(self.cache.about["latent_shape"])
+        self.latent_shape, self.log_snr = (tuple(self.cache.about.get(name, ())) for name in ("latent_shape", "log_snr"))
         self._generations: dict[int, Shards] = {}
 
     def attach(self, source, teacher: Teacher | None = None, rank: int = 0, world: int = 1) -> None:
@@ -150,7 +150,7 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
     about = {
         **_asked(recipe), "data": _identity(source), "latent_shape": list(teacher.latent_shape),
         "prediction_type": teacher.prediction_type, "dtype": str(teacher.dtype).removeprefix("torch."), "chunk": chunk,
-        "timesteps": timesteps,
+        "timesteps": timesteps, "log_snr": level_range(teacher.alphas_cumprod, *timesteps),
     }  # fmt: skip
     a_row = 2 * recipe.bank.draws * torch.Size(teacher.latent_shape).numel()
     size = max(1, min(SHARD_BYTES // (a_row * chunk), source.rows // (SHARDS * chunk))) * chunk
