@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     # The frozen teacher, the student, the data.
     from fastsds.data.sampler import last_epoch, load_batch
     from fastsds.data.sources import open_source
-    from fastsds.recipes.head import init_head
+    from fastsds.recipes.head import forget_sums, init_head
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
     from fastsds.student import apply_tuning, load_student, save_student
 
@@ -120,12 +120,10 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0:
             print(describe(recipe, student, trained, teacher, source, world_size, stage))
         return 0
+    started = {}
     if saved is None and shape is not None:
-        head = recipe.head
-        init_head(
-            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
-            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr, micro_batch=objective.micro_batch,
-        )  # fmt: skip
+        whole = lambda k: load(*divmod(k, data.accumulation), 0, 1, parts)  # noqa: E731
+        started = init_head(student, teacher, whole, recipe, source, rank=rank)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
     engine = sharding.make_engine(student, recipe, sharded)
@@ -137,10 +135,13 @@ def run(args: argparse.Namespace) -> int:
         try:
             output.mkdir(parents=True, exist_ok=True)
             (output / "recipe.yaml").write_text(config.dump_recipe(recipe), encoding="utf-8")
+            forget_sums(output)
         except OSError as error:
             raise ConfigError(f"output: {error}") from error
     metrics = Metrics(output, rank, recipe.steps, start)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
+    if started:
+        metrics.row(split="head", step=0, init=recipe.head.init, **started)
     if teacher and teacher.acceleration:
         metrics.note(f"teacher: {teacher.acceleration}")
     stop = Interrupt()
