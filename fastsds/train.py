@@ -125,8 +125,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     started = {}
     if saved is None and shape is not None:
-        whole = lambda first, cursors: batches(parts, rank=0, world=1, first=first, cursors=cursors)  # noqa: E731
-        started = init_head(student, teacher, whole, recipe, source, rank=rank)
+        kept = bank and recipe.head.init == "ridge"  # the latents are in the bank
+        how = {"rank": 0, "world": 1, **({"read": bank.latents} if kept else {})}  # whole batches, whatever the ranks
+        whole = lambda first, cursors: batches(parts, first=first, cursors=cursors, **how)  # noqa: E731
+        latents = (lambda batch: batch.latents) if kept else None
+        started = init_head(student, teacher, whole, recipe, source, latents=latents, rank=rank)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
     engine = sharding.make_engine(student, recipe, sharded)

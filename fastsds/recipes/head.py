@@ -121,6 +121,8 @@ def ridge_regression(
     Returns: as `init_head`; r2 is the share of the latents' variance that h_w explains.
     Cost: N (1 + 1/8) images through the student and the VAE; two times (d + 1)(d + 1 + CHW) doubles, whatever N is.
     """
+    if not hasattr(source, "__len__"):
+        raise ConfigError("head.init: ridge, but this data.source can be read in its own order alone; expected data on disk")
     linear, ridge = student.head.linear, recipe.head.ridge
     wanted, held = _split(recipe.head.samples, len(source))
     if ridge == 0 and wanted <= linear.in_features:
