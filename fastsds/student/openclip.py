@@ -207,11 +207,11 @@ def _make(make: Callable, repo: str | None, file: str, fetches: bool, where: str
 
 def _load_weights(clip: nn.Module, path: Path, where: str) -> None:
     """Load open_clip's weights, or a checkpoint of its training. Raises: ConfigError that names the file and the tensor."""
-    from open_clip.factory import load_checkpoint
+    from open_clip.factory import load_checkpoint as read_into
 
     try:
         with quiet.loading():
-            load_checkpoint(clip, str(path))
+            read_into(clip, str(path))
     except Exception as error:
         raise ConfigError(f"{where}: {path}: {_wrong(clip, path) or brief(error)}") from error
 
