@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from fastsds.data.sources import open_source
     from fastsds.recipes.head import forget_sums, init_head
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
-    from fastsds.student import apply_tuning, load_student, save_student
+    from fastsds.student import make_student, save_student
 
     running = teacher_parts(loss, recipe.bank)
     parts = teacher_parts(loss, recipe.bank, recipe.head.init)  # and what the head's start asks
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
         bank = Bank(recipe)
     shape = (teacher or bank).latent_shape if teacher or bank else None
-    student = load_student(recipe.student.model, recipe.student.pretrained, shape, place, recipe.seed)
-    trained = apply_tuning(student, recipe.student.tune, head=shape is not None)
+    student, trained = make_student(recipe.student, shape, place, recipe.seed)
     source = open_source(data, recipe.seed)
     count = len(source) if hasattr(source, "__len__") else None
     if count is not None and data.batch > count:

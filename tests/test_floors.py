@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "durable", "config", "testing"),
+    ("quiet", "progress", "durable", "config", "hub", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),
