@@ -26,26 +26,28 @@ from fastsds.durable import sync
 from fastsds.engine import MOMENTS
 from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
 FREE = (
-    "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every", "data.workers", "bank.path",
-    "teacher.micro_batch", "teacher.accelerate",
-    "teacher.attention", "teacher.compile", "teacher.cuda_graph", "teacher.checkpoint",
-    "eval.suite", "eval.every", "eval.items",
+    "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
+    "data.workers", "data.cache", "data.max_skipped", "bank.path",
+    "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
+    "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
 @dataclass
 class Saved:
-    """A checkpoint in memory. weights: the student's state_dict; slots: AdamW's moments; recipe: the recipe's state."""
+    """A checkpoint in memory. weights: the student's state_dict; slots: AdamW's moments; recipe: the recipe's state;
+    cursors: how far the data's streams were."""
 
     step: int
     meta: dict
     path: Path
     weights: dict[str, torch.Tensor]
+    cursors: torch.Tensor
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     recipe: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -64,8 +66,13 @@ def path_of(output: Path, step: int) -> Path:
     return folder(output) / f"step_{step:08d}"
 
 
-def save(output: Path, step: int, engine, student: Student, recipe: Recipe, objective, samples: int) -> Path:
-    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts."""
+def save(
+    output: Path, step: int, engine, student: Student, recipe: Recipe, objective, samples: int | None, cursors: torch.Tensor
+) -> Path:
+    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts.
+
+    Args: samples: in the data, or None if nobody knows. cursors: of the data's streams.
+    """
     from safetensors.torch import save_file
 
     eight_bit = recipe.optimizer.name == "adamw8bit"
@@ -89,6 +96,7 @@ def save(output: Path, step: int, engine, student: Student, recipe: Recipe, obje
             "step": step,
             "updates": engine.updates(),
             "samples": samples,
+            "cursors": cursors.tolist(),
             "engine": {"deepspeed": engine.stage is not None, "stage": engine.stage, "ranks": engine.world_size},
             "recipe": as_dict(recipe),
             "versions": versions(),
@@ -131,7 +139,7 @@ def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
         raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor {EXACT} is missing")
     weights[EXACT] = rest.pop(EXACT)
     own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
-    return Saved(meta["step"], meta, path, weights, rest, own)
+    return Saved(meta["step"], meta, path, weights, torch.tensor(meta["cursors"]), rest, own)
 
 
 def read_meta(path: Path) -> dict:

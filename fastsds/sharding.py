@@ -92,6 +92,12 @@ class DeepSpeedEngine(TorchEngine):
             flag = bool(votes)
         return flag
 
+    def most(self, x: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            x = x.clone()
+            torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self._host_group)
+        return x
+
     def barrier(self) -> None:
         self.any(False)
 

@@ -86,11 +86,11 @@ def test_images_for_a_vae_that_only_the_head_asked_are_not_loaded_for_the_run(tm
     from fastsds.world.scenes import WorldSource
 
     loaded, load = [], WorldSource.load
-    monkeypatch.setattr(WorldSource, "load", lambda self, *args: loaded.append(args[-1]) or load(self, *args))
+    monkeypatch.setattr(WorldSource, "load", lambda self, *args: loaded.append(args[2:]) or load(self, *args))
     tiny.save_teacher(tmp_path / "teacher")  # takes 16x16 images, the world's student 32x32
     argv = runs.sets("steps=2", "head.init=ridge", "head.samples=64", f"teacher.path={tmp_path / 'teacher'}", "eval.suite=none")
     assert runs.train(*argv, "--output", tmp_path / "run") == 0
-    assert loaded == [32, 16] * 2 + [32] * 4  # two batches of 32 for the head, four for the run
+    assert loaded == [(32, 16)] * 2 + [(32, None)] * 4  # two batches of 32 for the head, four for the run
 
 
 def test_photographs_train_with_the_embedded_teacher_and_student(tmp_path):

@@ -48,10 +48,10 @@ def teacher_parts(loss, bank, head_init: str = "default") -> tuple[str, ...]:
     parts = {"vae"} if loss.gradient == "latents" else {"unet", "text"}
     if loss.gradient == "amortised":
         parts = {"unet"} if bank.refresh_every else set()
-    elif bank.path is not None:
-        parts.discard("text")
     if head_init == "ridge":
         parts.add("vae")
+    if bank.path is not None:
+        parts -= {"vae", "text"}
     return tuple(sorted(parts))
 
 
@@ -63,7 +63,7 @@ def teacher_pixels(batch: Batch) -> torch.Tensor:
 class SDSCLIP:
     """The loss of one contrastive batch, of which this rank holds a part.
 
-    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0 or the gradient amortised. seed: of timesteps and
+    Args: loss: the recipe's `loss` section. teacher: None if lambda is 0 or a bank answers. seed: of timesteps and
         noise. head: the student's, to carry L_SDS's gradient back to f; needed to diagnose and for `lambda: auto`.
         micro_batch: images the UNet sees at a time, its graph freed before the next; 0: all. The gradient is the same.
         levels: a bank's range of log SNR, where it answers; else the teacher's schedule says.
@@ -86,7 +86,7 @@ class SDSCLIP:
         self.clip_loss = ClipLoss(local_loss=False, gather_with_grad=True, rank=rank, world_size=world_size)
         self.running: torch.Tensor | None = None  # decayed sums of [|dL_CLIP/df|^2, |dL_SDS/df|^2]
         self.bands = NoiseBands(*levels) if levels and loss.gradient == "amortised" else None
-        if self.off or loss.gradient == "amortised":
+        if self.off or loss.gradient == "amortised" or (loss.gradient == "latents" and teacher is None):
             return
         if teacher is not None and teacher.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(f"teacher: prediction_type {teacher.prediction_type!r} is not supported")
@@ -168,7 +168,10 @@ class SDSCLIP:
         count = (of or len(z)) * z[0].numel()
         how = {"weighting": self.loss.weighting, "reduction": count}
         if self.loss.gradient == "latents":
-            return F.mse_loss(z, self.teacher.encode(teacher_pixels(batch)).to(z.dtype), reduction="sum") / count
+            if batch.latents is None and self.teacher is None:
+                raise ValueError("loss.gradient: latents, but this batch has none from a bank, and there is no teacher")
+            y = self.teacher.encode(teacher_pixels(batch)) if batch.latents is None else batch.latents
+            return F.mse_loss(z, y.to(z.dtype), reduction="sum") / count
         if self.loss.gradient == "amortised":
             if batch.targets is None:
                 raise ValueError("loss.gradient: amortised, but this batch has no targets from a bank")
