@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     trained = apply_tuning(student, recipe.student.tune, head=shape is not None)
     source = open_source(data, recipe.seed)
     count = len(source) if hasattr(source, "__len__") else None
+    about = {"samples": count, "identity": None if count is None else source.identity()}
     if count is not None and data.batch > count:
         raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {count} samples")
     if bank:
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
 
     def save(step: int, cursors: torch.Tensor) -> Path:
         with metrics.pause():
-            return checkpoint.save(output, step, engine, student, recipe, objective, count, engine.most(cursors))
+            return checkpoint.save(output, step, engine, student, recipe, objective, about, engine.most(cursors))
 
     def measure(step: int) -> None:
         with metrics.pause():

@@ -80,7 +80,7 @@ def compare(ours: Answer, theirs: Answer, what: str) -> float:
     for name, (a, b) in pairs.items():
         difference = float((a.double() - b.double()).abs().max())
         if not difference <= TOLERANCE:  # also where it is not a number
-            raise ConfigError(f"{what}: {name}: reloaded, it differs from the student by {difference:.2g}; expected {TOLERANCE}")
+            raise ConfigError(f"{what}: {name} differs from the student's by {difference:.2g}; expected at most {TOLERANCE}")
         worst = max(worst, difference)
     return worst
 
