@@ -4,7 +4,7 @@
       student/                 an open_clip folder with the weights in fp32, and head.safetensors
       optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state
       rank_R.safetensors       8-bit AdamW only: rank R's state as it lies
-      state.json               step, recipe, how it was sharded, versions
+      state.json               step, recipe, data, how it was sharded, commit, versions
 
 AdamW's state fits any engine and number of ranks; the 8-bit one fits the stage and ranks it came from. The teacher is
 never here. A folder is written under another name, synced and renamed, so one that has its name is complete.
@@ -12,7 +12,6 @@ never here. A folder is written under another name, synced and renamed, so one t
 
 import json
 import os
-import platform
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-import fastsds
 from fastsds.config import ConfigError, Recipe, as_dict
 from fastsds.durable import sync
 from fastsds.engine import MOMENTS
+from fastsds.provenance import commit, versions
 from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
 
 FORMAT = 2
@@ -67,11 +66,11 @@ def path_of(output: Path, step: int) -> Path:
 
 
 def save(
-    output: Path, step: int, engine, student: Student, recipe: Recipe, objective, samples: int | None, cursors: torch.Tensor
+    output: Path, step: int, engine, student: Student, recipe: Recipe, objective, data: dict, cursors: torch.Tensor
 ) -> Path:
     """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts.
 
-    Args: samples: in the data, or None if nobody knows. cursors: of the data's streams.
+    Args: data: "samples", how many it has, and its "identity"; None where nobody knows. cursors: of its streams.
     """
     from safetensors.torch import save_file
 
@@ -95,10 +94,11 @@ def save(
             "format": FORMAT,
             "step": step,
             "updates": engine.updates(),
-            "samples": samples,
+            **data,
             "cursors": cursors.tolist(),
             "engine": {"deepspeed": engine.stage is not None, "stage": engine.stage, "ranks": engine.world_size},
             "recipe": as_dict(recipe),
+            "commit": commit(),
             "versions": versions(),
         }
         (partial / "state.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -200,18 +200,6 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--resume {file}: {str(error).splitlines()[0]}") from error
-
-
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"python": platform.python_version(), "fastsds": fastsds.__version__}
-    for package in ("torch", "open_clip_torch", "diffusers", "deepspeed", "bitsandbytes"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def _same_recipe(path: Path, then: dict, now: dict) -> None:

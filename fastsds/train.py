@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     student, trained = make_student(recipe.student, shape, place, recipe.seed)
     source = open_source(data, recipe.seed)
     count = len(source) if hasattr(source, "__len__") else None
+    about = {"samples": count, "identity": None if count is None else source.identity()}
     if count is not None and data.batch > count:
         raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {count} samples")
     if bank:
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
 
     def save(step: int, cursors: torch.Tensor) -> Path:
         with metrics.pause():
-            return checkpoint.save(output, step, engine, student, recipe, objective, count, engine.most(cursors))
+            return checkpoint.save(output, step, engine, student, recipe, objective, about, engine.most(cursors))
 
     def measure(step: int) -> None:
         with metrics.pause():

@@ -88,9 +88,8 @@ def one(base, two, tmp_path_factory):
 def test_two_ranks_are_one_rank_with_the_whole_batch(plain, two, n):
     for key in ("loss", "clip", "sds", "grad_norm"):
         assert runs.relative(runs.losses(two[f"z{n}"], key), runs.losses(plain["base"], key)) < EQUAL
-    ours, theirs = (
-        [{k: v for k, v in row.items() if "/" in k} for row in runs.rows(run)] for run in (two[f"z{n}"], plain["base"])
-    )
+    both = two[f"z{n}"], plain["base"]
+    ours, theirs = ([{key: v for key, v in row.items() if "/" in key} for row in runs.rows(run)] for run in both)
     assert [list(row) for row in ours] == [list(row) for row in theirs] and all(len(row) > 8 for row in ours)
     values = ([value for row in of for value in row.values()] for of in (ours, theirs))
     assert runs.relative(*values) < EQUAL

@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "durable", "config", "hub", "testing"),
+    ("quiet", "progress", "provenance", "durable", "config", "hub", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),
@@ -15,8 +15,10 @@ FLOORS = (
     ("world",),
     ("evaluation",),
     ("optimizer", "metrics", "profiling", "engine", "jobs"),
+    ("history",),
+    ("figures",),
     ("sharding", "checkpoint", "report"),
-    ("train", "comparison"),
+    ("train", "comparison", "export"),
     ("demo",),
     ("cli",),
 )
