@@ -125,8 +125,12 @@ def check_damage(listing: Listing, max_skipped: float, what: str) -> None:
         )
 
 
-def decode_image(content: bytes, sizes: list[int]) -> list[torch.Tensor]:
-    """Decode an image file. Returns uint8 [3, size, size] for each size. Raises: ValueError if it is not a whole image."""
+def decode_image(content: bytes, sizes: list[int], box: tuple[float, ...] | None = None) -> list[torch.Tensor]:
+    """Decode an image file. Returns uint8 [3, size, size] for each size.
+
+    Args: box: (left, top, right, bottom) in pixels, cut out before anything is resized, as far as the image reaches.
+    Raises: ValueError if it is not a whole image, or nothing of it is in the box.
+    """
     import numpy as np
     from PIL import Image
 
@@ -135,6 +139,12 @@ def decode_image(content: bytes, sizes: list[int]) -> list[torch.Tensor]:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image ({str(error).partition(' <')[0]})") from error
+    if box is not None:
+        left, top, right, bottom = (round(edge) for edge in box)
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+        if left >= right or top >= bottom:
+            raise ValueError(f"box {tuple(box)} holds nothing of an image of {image.width}x{image.height}")
+        image = image.crop((left, top, right, bottom))
     return [torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous() for size in sizes]
 
 
