@@ -25,7 +25,7 @@ def data_files(package: str) -> list[str]:
             if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts]
 
 
-DATA = ["webdataset>=1,<2", "datasets>=4,<6"]  # shards, and Hugging Face data sets on disk
+DATA = ["webdataset>=1,<2", "datasets>=4,<6", "pyarrow>=21"]  # shards, and Hugging Face data sets on disk
 LOGS = ["tensorboard>=2.19", "wandb>=0.20"]
 BENCH = ["pytest>=8.1", "pytest-benchmark>=5,<6"]
 
@@ -39,7 +39,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["fastsds", "fastsds.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={name: data_files(name) for name in ("fastsds.world", "fastsds.configs")},
+    package_data={name: data_files(name) for name in ("fastsds.world", "fastsds.configs", "fastsds.evaluation.suites")},
     entry_points={"console_scripts": ["fastsds=fastsds.cli:main"]},
     install_requires=[
         "torch>=2.11,<3",

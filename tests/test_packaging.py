@@ -195,7 +195,7 @@ def imported(folder: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("folders, extras", [(("fastsds", "kernels"), {""}), (("tests",), {"", "test"}),
+@pytest.mark.parametrize("folders, extras", [(("fastsds", "kernels"), {"", "data"}), (("tests",), {"", "test"}),
                                              (("benchmarks",), {"", "bench"})])
 def test_everything_imported_is_required(folders, extras, metadata, root):
     requirements = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
