@@ -6,6 +6,7 @@
 """
 
 import bisect
+import importlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -62,8 +63,7 @@ def open_table(path: Path, split: str = "test") -> Table | None:
 
 
 def _saved(path: Path, split: str) -> Table:
-    import datasets
-
+    datasets = _package("datasets", path)
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a cut file makes of it
@@ -80,9 +80,7 @@ def _saved(path: Path, split: str) -> Table:
 
 
 def _parquet(path: Path, files: list[Path]) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa, pq = _package("pyarrow", path), _package("pyarrow.parquet", path)
     try:
         opened = [pq.ParquetFile(file) for file in files]
         cells_of = {f.name: f.type for f in opened[0].schema_arrow if pa.types.is_struct(f.type)}
@@ -109,3 +107,10 @@ def _parquet(path: Path, files: list[Path]) -> Table:
             return cells(group)[column][k - (ends[group - 1] if group else 0)].as_py()
 
     return Table(path, columns, images, read)
+
+
+def _package(name: str, path: Path):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{path}: reading it takes the package {name}: pip install 'fastsds[data]'") from error
