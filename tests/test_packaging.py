@@ -171,7 +171,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, root):
     assert {n for n in names if n.endswith(".py")} == python_files
     data = {f"fastsds/{p.relative_to(root)}" for p in (root / "configs").iterdir() if p.is_file()}
     data |= {str(p.relative_to(root)) for p in (root / "fastsds/world/weights").rglob("*") if p.is_file()}
-    assert data >= {f"fastsds/configs/zero{n}.json" for n in range(4)} | {"fastsds/configs/world.yaml"}
+    data |= {str(p.relative_to(root)) for p in (root / "fastsds/evaluation/suites").glob("*.txt")}
+    assert data >= {f"fastsds/configs/zero{n}.json" for n in range(4)} | {
+        "fastsds/configs/world.yaml", "fastsds/evaluation/suites/symmetric_relations.txt"}
     assert data <= set(names)
     assert any("licenses/LICENSE" in n or n.endswith("/LICENSE") for n in names)
 

@@ -16,6 +16,7 @@ from fastsds.evaluation.prompts import pool_features, pool_scores
 from fastsds.evaluation.retrieval import places
 from fastsds.evaluation.suite import clip_benchmark, load_suite, pixels, suite_names
 from fastsds.evaluation.suites import aro, mmvp, order
+from fastsds.evaluation.winoground import tied
 
 N = 1000
 
@@ -31,10 +32,10 @@ def test_choice_is_the_references_argmax():
     """ARO: argmax over [false, true] in VG-R/A, over [true, ...] in the Order sets; SugarCrepe: positive > negative."""
     first_of = lambda scores: scores.index(max(scores))  # noqa: E731  numpy's argmax: the first of equals
     pairs = with_ties(2, 1)
-    right, tied = choose(pairs)
+    right, level = choose(pairs)
     assert right.tolist() == [first_of([false, true]) == 1 for (true,), (false,) in pairs.tolist()]
     assert right.tolist() == [positive > negative for (positive,), (negative,) in pairs.tolist()]
-    assert tied.tolist() == [true == false for (true,), (false,) in pairs.tolist()] and 200 < tied.sum() < 450
+    assert level.tolist() == [true == false for (true,), (false,) in pairs.tolist()] and 200 < level.sum() < 450
     fives = with_ties(5, 1, seed=1)
     found = order._judge(fives)
     assert found["accuracy"].tolist() == [first_of([x for (x,) in five]) == 0 for five in fives.tolist()]
@@ -42,6 +43,13 @@ def test_choice_is_the_references_argmax():
     assert found["accuracy_strict"].tolist() == alone
     assert found["tied"].sum() == found["accuracy"].sum() - found["accuracy_strict"].sum() > 100
     assert aro._judge(pairs)["accuracy"].tolist() == right.tolist()
+
+
+def test_winoground_ties_are_those_of_its_comparisons():
+    scores = with_ties(2, 2, seed=10)
+    a_tie = [a == b or c == d or a == c or b == d for (a, b), (c, d) in scores.tolist()]
+    assert tied(scores).tolist() == a_tie and 0 < sum(a_tie) < N
+    assert not tied([[[1.0, 2.0], [3.0, 1.0]]]).any()  # the two right pairs are not compared with one another
 
 
 def test_mmvp_is_what_the_reference_script_says():
