@@ -215,7 +215,7 @@ def test_wrong_scores_are_named(suites):
         suites["coco_retrieval"].outcomes(np.zeros((2, 2)))
 
 
-@pytest.mark.parametrize("name", ["winoground", "vg_relation", "coco_order", "mmvp", "zeroshot", "coco_retrieval"])
+@pytest.mark.parametrize("name", suite_names())
 def test_chance(name, tmp_path):
     """Random scores without ties reach what `chance` says, within three standard errors, at every metric."""
     suite = load_suite(name, *released.write(name, tmp_path, 150))
