@@ -56,10 +56,8 @@ def _load(count: int, path: Path, classes: str | None, templates: str | None) ->
     file = next((f / layout.images for f in (path / layout.folder, path) if (f / layout.images).is_file()), None)
     if file is None:
         python = path.name == layout.refused or (path / layout.refused).is_dir()
-        raise ConfigError(
-            f"{path}: no {layout.folder}/{layout.images} in it"
-            + f"; {layout.refused}, which can run code when it is read, does not serve: unpack cifar-{count}-binary.tar.gz" * python
-        )
+        hint = f"; {layout.refused}, which can run code when it is read, does not serve: unpack cifar-{count}-binary.tar.gz"
+        raise ConfigError(f"{path}: no {layout.folder}/{layout.images} in it" + hint * python)
     content = np.fromfile(file, np.uint8)
     if not content.size or content.size % (layout.skip + PIXELS):
         raise ConfigError(f"{file}: {content.size:,} bytes are no whole number of records of {layout.skip + PIXELS}")
