@@ -29,8 +29,8 @@ LOAD = {
     ),
 }
 CLEANING = (
-    "open_clip repairs a caption (ftfy, HTML entities) before its tokenizer reads it, transformers does not: clean captions first "
-    "that hold curly quotes, entities or damaged text."
+    "open_clip repairs captions (ftfy, HTML entities) before its tokenizer reads them, transformers does not: clean those with "
+    "curly quotes, entities or damaged text first."
 )
 HUB = (
     "Before you upload: write the repository's name into `text_cfg.hf_tokenizer_name` of `open_clip_config.json`; by `hf-hub:` "
@@ -61,8 +61,8 @@ def write(folder: Path, name: str, to: str, origin: Origin, checked: float, kind
         "No licence is stated: whoever publishes this folder adds one (`license:` above) that its origins allow.",
         f"## Load it\n\n```python\n{load}\n```",
         *notes,
-        "Checked when it was made: reloaded from this folder alone, image and text features, their cosines and the logit scale are "
-        f"the trained student's to {checked:.1e}.",
+        "Checked when it was made: reloaded from this folder alone, the features of images and captions, their cosines and the "
+        f"logit scale are the trained student's to {checked:.1e}.",
         "## Data", _data(origin),
         "## Recipe", _recipe(origin.recipe),
         "## Results", *_results(origin.run),
