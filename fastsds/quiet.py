@@ -47,8 +47,8 @@ def install() -> None:
 
 @contextlib.contextmanager
 def loading():
-    """Within the block, reading local weights draws no bar, and nothing warns of tensors that lack or do not fit: who
-    loads raises one error for them. Errors and downloads are untouched.
+    """Within the block, reading local weights draws no bar, and nothing warns of tensors that lack or do not fit, nor of a
+    model without weights: who loads raises one error for them. Errors and downloads are untouched.
     """
     if verbose():
         yield
@@ -62,14 +62,18 @@ def loading():
     libraries = (diffusers_logging, transformers_logging)
     levels, bars = [library.get_verbosity() for library in libraries], diffusers_logging.is_progress_bar_enabled()
     before = transformers_logging.set_tqdm_hook(no_bar)
+    root = logging.getLogger()                                        # open_clip's warnings
+    level = root.level
     try:
         diffusers_logging.disable_progress_bar()
         for library in libraries:
             library.set_verbosity_error()
+        root.setLevel(max(level, logging.ERROR))
         yield
     finally:
-        for library, level in zip(libraries, levels):
-            library.set_verbosity(level)
+        root.setLevel(level)
+        for library, verbosity in zip(libraries, levels):
+            library.set_verbosity(verbosity)
         transformers_logging.set_tqdm_hook(before)
         if bars:
             diffusers_logging.enable_progress_bar()

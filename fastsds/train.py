@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     # The frozen teacher, the student, the data.
     from fastsds.data.loader import Loader, SkipLog, ahead
     from fastsds.data.sources import open_source
-    from fastsds.recipes.head import init_head
+    from fastsds.recipes.head import forget_sums, init_head
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
-    from fastsds.student import apply_tuning, load_student, save_student
+    from fastsds.student import make_student, save_student
 
     running = teacher_parts(loss, recipe.bank)
     parts = teacher_parts(loss, recipe.bank, recipe.head.init)  # and what the head's start asks
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
         bank = Bank(recipe)
     shape = (teacher or bank).latent_shape if teacher or bank else None
-    student = load_student(recipe.student.model, recipe.student.pretrained, shape, place, recipe.seed)
-    trained = apply_tuning(student, recipe.student.tune, head=shape is not None)
+    student, trained = make_student(recipe.student, shape, place, recipe.seed)
     source = open_source(data, recipe.seed)
     count = len(source) if hasattr(source, "__len__") else None
     about = {"samples": count, "identity": None if count is None else source.identity()}
@@ -124,12 +123,13 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0:
             print(describe(recipe, student, trained, teacher, source, world_size, stage))
         return 0
+    started = {}
     if saved is None and shape is not None:
-        head, whole = recipe.head, batches(parts, rank=0, world=1)  # whatever the ranks
-        init_head(
-            student, teacher, lambda k: next(whole)[0], head.init, loss=loss, seed=recipe.seed, samples=head.samples,
-            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr, micro_batch=objective.micro_batch,
-        )  # fmt: skip
+        kept = bank and recipe.head.init == "ridge"  # the latents are in the bank
+        how = {"rank": 0, "world": 1, **({"read": bank.latents} if kept else {})}  # whole batches, whatever the ranks
+        whole = lambda first, cursors: batches(parts, first=first, cursors=cursors, **how)  # noqa: E731
+        latents = (lambda batch: batch.latents) if kept else None
+        started = init_head(student, teacher, whole, recipe, source, latents=latents, rank=rank)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
     engine = sharding.make_engine(student, recipe, sharded)
@@ -138,7 +138,11 @@ def run(args: argparse.Namespace) -> int:
         start = saved.step
         checkpoint.put_state(saved, engine, objective, recipe)
     metrics = Metrics(output, rank, recipe, start)
+    if rank == 0:
+        forget_sums(output)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
+    if started:
+        metrics.row(split="head", step=0, init=recipe.head.init, **started)
     if teacher and teacher.acceleration:
         metrics.note(f"teacher: {teacher.acceleration}")
     stop = Interrupt()
@@ -160,8 +164,7 @@ def run(args: argparse.Namespace) -> int:
         measure(0)
     images = data.batch * data.accumulation
     places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
-    at = {"number": start * data.accumulation, "cursors": saved and saved.cursors}
-    loader = batches(running, report=SkipLog(output), **at)
+    loader = batches(running, report=SkipLog(output), first=start * images, cursors=saved and saved.cursors)
     with stop, profiling.trace(output, args.profile, start, recipe.steps, rank) as mark:
         for (batch, cursors), (step, micro) in zip(ahead(loader, len(places), data.workers), places, strict=True):
             last = micro == data.accumulation - 1

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import runs
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from fastsds import config, ops
 from fastsds.config import ConfigError
@@ -291,13 +291,23 @@ def test_the_command_line(tmp_path, capsys):
 
 def train(base, folder, output, *more):
     assert runs.train("--recipe", base, *runs.sets(*SETS, f"bank.path={folder}", *more), "--output", output) == 0
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return runs.rows(output)
 
 
 def test_training_from_the_bank_opens_no_teacher(base, built, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
     rows = train(base, built[1], tmp_path / "run", "steps=12", "data.workers=1", "head.init=warmup", "head.warmup_steps=3")
     assert all(row["sds"] > 0 for row in rows) and rows[-1]["sds"] < rows[0]["sds"]
+
+
+def test_a_head_is_solved_for_from_the_banks_latents(base, built, tmp_path, monkeypatch):
+    """As from the VAE's, to the rounding of fp16, and without a teacher."""
+    sets = ("steps=1", "head.init=ridge", f"head.samples={ROWS - 8}", "student.tune=layernorm", "optimizer.head_lr=1e-9")
+    train(base, built[1], tmp_path / "vae", *sets, "loss.gradient=latents", "bank.path=null")
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    train(base, built[1], tmp_path / "bank", *sets)
+    a, b = (load_file(tmp_path / name / "student" / "head.safetensors") for name in ("vae", "bank"))
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, built, tmp_path, monkeypatch):

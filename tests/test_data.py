@@ -92,7 +92,7 @@ def test_a_run_goes_on_where_it_stopped_on_other_ranks(before, after):
     parts = [loader(source, rank=rank, world=before, **how) for rank in range(before)]
     for _ in range(7):
         cursors = torch.stack([next(part)[1] for part in parts]).amax(0)  # what engine.most gives
-    assert sequence(source, 13, after, number=7, cursors=cursors, **how) == whole[56:]
+    assert sequence(source, 13, after, first=56, cursors=cursors, **how) == whole[56:]
 
 
 def test_a_damaged_sample_is_refilled_from_its_own_stream():
@@ -130,7 +130,7 @@ def test_rows_of_what_a_resumed_run_meets_again_are_dropped(tmp_path):
     whole = log.path.read_text()
     log.go_back(early)
     assert 0 < len(log.path.read_text()) < len(whole)
-    again = loader(source, max_skipped=0.9, report=log, number=7, cursors=early)
+    again = loader(source, max_skipped=0.9, report=log, first=56, cursors=early)
     for _ in range(13):
         next(again)
     assert log.path.read_text() == whole
@@ -139,14 +139,14 @@ def test_rows_of_what_a_resumed_run_meets_again_are_dropped(tmp_path):
 def test_the_last_epoch_of_a_batch():
     found = sequence(Numbers(31), 40, batch=8)
     for number in range(40):
-        assert last_epoch(number, 8, 31) == max(visit for _, visit in found[: 8 * number + 8])
+        assert last_epoch(8 * number, 8, 31) == max(visit for _, visit in found[: 8 * number + 8])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 9, "world": 2}, "batch 9, 8 streams, 2 ranks"),
-        ({"batch": 9, "world": 3}, "batch 9, 8 streams, 3 ranks"),
+        ({"batch": 9, "world": 2}, "batch 9 from 0 on, 8 streams, 2 ranks"),
+        ({"batch": 9, "world": 3}, "batch 9 from 0 on, 8 streams, 3 ranks"),
         ({"batch": 48}, "larger than the data"),
     ],
 )

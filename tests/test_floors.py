@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "provenance", "durable", "config", "testing"),
+    ("quiet", "progress", "provenance", "durable", "config", "hub", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),

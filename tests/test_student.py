@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from fastsds.config import ConfigError
-from fastsds.student import HEAD_FILE, WEIGHTS_FILE, LatentHead, apply_tuning, load_student, save_student
+from fastsds.config import ConfigError, StudentConfig
+from fastsds.student import HEAD_FILE, WEIGHTS_FILE, LatentHead, apply_tuning, load_student, make_student, save_student
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def broken(folder, tmp_path, change):
         (lambda out, c: (out / WEIGHTS_FILE).unlink(), "no weights"),
         (lambda out, c: c["model_cfg"]["text_cfg"].update(hf_tokenizer_name=""), "past the text tower"),
         (lambda out, c: c["model_cfg"]["text_cfg"].update(pool_type="eos", eos_id=5), "end token"),
-        (lambda out, c: c["model_cfg"].update(embed_dim=13), "mismatch|size"),
+        (lambda out, c: c["model_cfg"].update(embed_dim=13), "open_clip_model.safetensors: tensor text_projection is"),
         (lambda out, c: c.pop("model_cfg"), "model_cfg"),
     ],
 )
@@ -221,3 +221,33 @@ def test_an_unknown_model_is_an_error(name):
 def test_a_folder_without_config_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="open_clip_config.json is missing"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize("tune", ["layernorm", "all"])
+def test_on_the_meta_device_names_shapes_and_what_trains_are_the_same(folder, resnet, tmp_path, tune):
+    """No weights are read: there need be none, nor a tokenizer."""
+    for source in (folder, resnet):
+        real, trained = make_student(StudentConfig(model=str(source), tune=tune), tiny.LATENT)
+        bare = tmp_path / source.name
+        bare.mkdir()
+        shutil.copy(source / "open_clip_config.json", bare)
+        meta, same = make_student(StudentConfig(model=str(bare), tune=tune), tiny.LATENT, "meta")
+        assert same == trained
+        assert all(t.is_meta for t in [*meta.parameters(), *meta.buffers()])
+        kinds = [
+            {name: (t.shape, t.dtype, t.requires_grad) for name, t in student.state_dict(keep_vars=True).items()}
+            for student in (real, meta)
+        ]
+        assert kinds[0] == kinds[1]
+        size, length = meta.image_size, meta.context_length
+        pixels = torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta")
+        out = meta(pixels, torch.empty(3, length, dtype=torch.int64, device="meta"))
+        assert out.z.shape == (2, *tiny.LATENT) and out.text.shape == (3, 12)
+
+
+def test_a_named_architecture_on_the_meta_device_fetches_nothing():
+    config = StudentConfig(model="ViT-L-14-quickgelu", pretrained="openai", tune="layernorm")
+    student, trained = make_student(config, device="meta")
+    assert student.width == 768 and student.image_size == 224 and student.context_length == 77
+    assert sum(p.numel() for p in student.parameters()) == 427_616_513
+    assert len(trained) == 2 * (24 * 2 + 2 + 12 * 2 + 1)

@@ -18,11 +18,11 @@ SHOWN = 10
 class Loader:
     """An endless iterator over one rank's parts of the contrastive batches: (Batch, cursors) pairs.
 
-    cursors, int64 [streams], say how far the streams are after that batch. Given back to a new loader, they and the number of
-    batches before it go on exactly there, also on another number of ranks (streams of other ranks keep their start).
+    cursors, int64 [streams], say how far the streams are after that batch. Given back to a new loader, with the number of
+    samples before it, they go on exactly there, also on another number of ranks (streams of other ranks keep their start).
 
     Args:
-        batch: contrastive batch over all ranks. number: batches before the first. cursors: where they left the streams.
+        batch: contrastive batch over all ranks. first: positions before the first batch. cursors: where they left the streams.
         teacher_size: also give the images at this many pixels a side; None: nobody asks.
         negatives: also tokenise each image's wrong caption.
         shuffled: tell the teacher the caption of the next image of the contrastive batch (the last one takes the first's),
@@ -45,7 +45,7 @@ class Loader:
         tokenize: Callable[[list[str]], torch.Tensor],
         rank: int = 0,
         world: int = 1,
-        number: int = 0,
+        first: int = 0,
         cursors: torch.Tensor | None = None,
         teacher_size: int | None = None,
         negatives: bool = False,
@@ -56,14 +56,15 @@ class Loader:
         max_skipped: float = 0.0,
         report: Callable[[dict], None] | None = None,
     ):
-        if batch % world or streams % world or not 0 <= rank < world:
-            raise ValueError(f"batch {batch}, {streams} streams, {world} ranks (rank {rank}): expected multiples of the ranks")
+        if batch % world or streams % world or first % world or not 0 <= rank < world:
+            at = f"batch {batch} from {first} on, {streams} streams"
+            raise ValueError(f"{at}, {world} ranks (rank {rank}): expected multiples of the ranks")
         self.count = len(source) if hasattr(source, "__len__") else None
         if self.count is not None and batch > self.count:
             raise ValueError(f"batch {batch} is larger than the data ({self.count} samples)")
         self.source, self.walk = source, walk_of(source, streams, seed)
         self.cursors = torch.zeros(streams, dtype=torch.int64) if cursors is None else cursors.clone()
-        self.batch, self.streams, self.rank, self.world, self.number = batch, streams, rank, world, number
+        self.batch, self.streams, self.rank, self.world, self.first = batch, streams, rank, world, first
         self.size, self.tokenize, self.device = image_size, tokenize, device
         self.second = teacher_size if teacher_size != image_size else None
         self.negatives, self.shuffled, self.reach, self.read = negatives, shuffled, reach, read
@@ -75,16 +76,15 @@ class Loader:
 
     def __next__(self) -> tuple[Batch, torch.Tensor]:
         if self.reach:
-            self.reach(last_epoch(self.number, self.batch, self.count))
-        first, whole = self.number * self.batch, self.shuffled
-        positions = range(first, first + self.batch)
+            self.reach(last_epoch(self.first, self.batch, self.count))
+        positions, whole = range(self.first, self.first + self.batch), self.shuffled
         ids, visits, samples = self._take(positions if whole else positions[self.rank :: self.world])
         told = samples.captions
         if whole:
             mine = list(range(self.rank, self.batch, self.world))
             told = [(told[1:] + told[:1])[k] for k in mine]
             ids, visits, samples = ids[mine], visits[mine], samples.take(mine)
-        self.number += 1
+        self.first += self.batch
         return self._made(ids, visits, samples, told), self.cursors.clone()
 
     def _take(self, positions: range) -> tuple[torch.Tensor, torch.Tensor, Samples]:

@@ -41,9 +41,9 @@ def walk_of(source, streams: int, seed: int):
     return Walk(len(source), streams, seed, shuffled=not source.sequential)
 
 
-def last_epoch(number: int, batch: int, n: int) -> int:
-    """The latest epoch that contrastive batch `number` reaches into, whichever rank has that part, if nothing is damaged."""
-    return ((number + 1) * batch - 1) // n
+def last_epoch(first: int, batch: int, n: int) -> int:
+    """The latest epoch that the batch at position `first` reaches into, whichever rank has that part, if nothing is damaged."""
+    return (first + batch - 1) // n
 
 
 @lru_cache(maxsize=4)
