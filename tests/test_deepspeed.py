@@ -119,6 +119,14 @@ def test_lambda_auto_and_the_controls_do_not_see_the_ranks(plain, two):
     assert len({row["lambda"] for row in runs.rows(plain["auto"]) if "lambda" in row}) > 1
 
 
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_what_two_ranks_trained_leaves_the_house(two, tmp_path, to):
+    from fastsds import cli
+
+    assert cli.main(["export", str(two["tight"]), "--to", to, "--out", str(tmp_path / "out")]) == 0  # compared in there
+    assert "ZeRO 3 on 2 rank(s)" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_two_ranks_share_a_bank_and_make_its_next_targets_together(plain, two):
     for key in ("loss", "sds"):
         assert runs.relative(runs.losses(two["bank"], key), runs.losses(plain["bank"], key)) < EQUAL

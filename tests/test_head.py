@@ -303,6 +303,7 @@ def test_the_kept_sums_serve_another_ridge_and_nothing_else(new_student, teacher
     asked("data", new_student, "others")
     asked("seed", new_student, "tiny", "seed=1")
     asked("samples", new_student, "tiny", "head.samples=41")
+    asked("streams", new_student, "tiny", "data.streams=2")
     path.write_bytes(kept[: len(kept) // 2])
     again, _ = solved(new_student, teacher, recipe("head.ridge=0.5"))
     assert "not used, it cannot be read" in capfd.readouterr().err and all(map(torch.equal, other, again))

@@ -128,6 +128,14 @@ def test_residuals_survive_a_checkpoint_between_two_rows(base, tmp_path):
     assert sum("/" in key for key in theirs[1]) == 2 * BANDS
 
 
+def test_what_a_checkpoint_kept_of_all_ranks_is_counted_once(teacher):
+    sums = torch.rand(3, BANDS, dtype=torch.float64)
+    ranks = [SDSCLIP(sds.setting(), teacher, world_size=2, rank=rank) for rank in range(2)]
+    for recipe in ranks:
+        recipe.load_state_dict({"bands": sums})
+    assert torch.equal(ranks[0].bands.sums + ranks[1].bands.sums, sums)
+
+
 def test_a_bank_says_which_levels_it_has(base, tmp_path, teacher):
     from fastsds.teacher import bank
 

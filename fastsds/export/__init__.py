@@ -13,12 +13,12 @@ import json
 import shutil
 from pathlib import Path
 
-from fastsds import quiet
+from fastsds import hub, quiet
 from fastsds.config import ConfigError
 from fastsds.durable import sync
 from fastsds.export import card, check, hf
 from fastsds.export.origin import Origin, find
-from fastsds.student import CONFIG_FILE, WEIGHTS_FILE, load_student, save_student
+from fastsds.student import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, load_student, save_student
 
 FORMATS = ("open_clip", "hf")
 
@@ -46,21 +46,21 @@ def export(origin: Origin, to: str, out: Path, head: bool = False) -> float:
         raise ConfigError(f"--out: {out} is there and not empty; expected a new folder")
     student = load_student(origin.student)
     if head and student.head is None:
-        raise ConfigError(f"--head: {origin.student} has no head.safetensors")
+        raise ConfigError(f"--head: {origin.student} has no {HEAD_FILE}")
+    source = "open_clip" if (origin.student / CONFIG_FILE).is_file() else "hf"
     partial = out.with_name(f".partial_{out.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        ours, size = check.of_student(student), student.image_size
         with quiet.loading():
-            WRITERS[_format(origin.student), to](origin.student, student, partial)
+            WRITERS[source, to](origin.student, student, partial)
             if head:
-                shutil.copyfile(origin.student / "head.safetensors", partial / "head.safetensors")
-            reload = check.of_open_clip if to == "open_clip" else check.of_transformers
-            theirs = reload(partial, student.image_size)
-        worst = check.compare(check.of_student(student), theirs, f"{out} ({to})")
-        config = json.loads((partial / (CONFIG_FILE if to == "open_clip" else "config.json")).read_text(encoding="utf-8"))
-        kind, own = config.get("architectures", [""])[0], (partial / "tokenizer_config.json").is_file()
-        card.write(partial, out.resolve().name, to, origin, worst, kind, head, own)
+                shutil.copyfile(origin.student / HEAD_FILE, partial / HEAD_FILE)
+            del student  # one model at a time
+            theirs = _reloaded(partial, to, size, out)
+        worst = check.compare(ours, theirs, f"{out} ({to})")
+        card.write(partial, out.resolve().name, to, origin, worst, converted=source != to)
         mode = (partial / "README.md").stat().st_mode  # safetensors' own is for the owner alone
         for path in partial.iterdir():
             path.chmod(mode)
@@ -74,8 +74,12 @@ def export(origin: Origin, to: str, out: Path, head: bool = False) -> float:
     return worst
 
 
-def _format(folder: Path) -> str:
-    return "open_clip" if (folder / CONFIG_FILE).is_file() else "hf"
+def _reloaded(folder: Path, to: str, size: int, out: Path) -> check.Answer:
+    try:
+        return (check.of_open_clip if to == "open_clip" else check.of_transformers)(folder, size)
+    except Exception as error:  # of whatever kind a library has
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{out} ({to}): written, it does not load: {why}") from error
 
 
 def _same(source: Path, student, out: Path) -> None:
@@ -102,7 +106,7 @@ def _to_hf(source: Path, student, out: Path) -> None:
     config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
     hf.refuse(config["model_cfg"], config.get("preprocess_cfg", {}), str(source))
     name = f"local-dir:{source}"
-    with check.offline():
+    with hub.offline():
         clip, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
     model, processor = hf.to_transformers(clip, tokenizer, str(source))
     for part in (model, processor, processor.image_processor):

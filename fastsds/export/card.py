@@ -1,5 +1,6 @@
 """The model card of an exported student: where it comes from and what was measured, from the run's own files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fastsds.export.origin import Origin
 from fastsds.history import Run, Score
 from fastsds.provenance import commit, versions
 from fastsds.report import as_markdown
+from fastsds.student import HEAD_FILE
 
 PAPER = "https://arxiv.org/abs/2307.09233"
 CLAIMS = (
@@ -25,12 +27,12 @@ LOAD = {
     "hf": (
         "from transformers import {kind}, AutoProcessor\n"
         'model = {kind}.from_pretrained("{folder}").eval()\n'
-        'processor = AutoProcessor.from_pretrained("{folder}")   # truncation=True for long captions'
+        'processor = AutoProcessor.from_pretrained("{folder}")   # captions: padding="max_length", truncation=True'
     ),
 }
 CLEANING = (
-    "open_clip repairs a caption (ftfy, HTML entities) before its tokenizer reads it, transformers does not: clean captions first "
-    "that hold curly quotes, entities or damaged text."
+    "open_clip repairs captions (ftfy, HTML entities) before its tokenizer reads them, transformers does not: clean those with "
+    "curly quotes, entities or damaged text first."
 )
 HUB = (
     "Before you upload: write the repository's name into `text_cfg.hf_tokenizer_name` of `open_clip_config.json`; by `hf-hub:` "
@@ -38,11 +40,11 @@ HUB = (
 )
 
 
-def write(folder: Path, name: str, to: str, origin: Origin, checked: float, kind: str, head: bool, tokenizer: bool) -> None:
-    """Write README.md.
+def write(folder: Path, name: str, to: str, origin: Origin, checked: float, converted: bool) -> None:
+    """Write README.md into an exported folder that is otherwise whole.
 
-    Args: name: of the exported folder. checked: the largest difference after the reload. kind: transformers' class. head:
-        whether h_w is beside it. tokenizer: whether a Hugging Face tokenizer is.
+    Args: name: of the folder, when it is done. checked: the largest difference after the reload. converted: from the other
+        library.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -51,18 +53,24 @@ def write(folder: Path, name: str, to: str, origin: Origin, checked: float, kind
         library_name={"hf": "transformers"}.get(to, to), pipeline_tag="zero-shot-image-classification", base_model=repo,
         tags=["clip", "sds-clip", "fastsds"],
     )  # fmt: skip
+    kind, notes = "", []
+    if to == "hf":
+        (kind,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    elif (folder / "tokenizer_config.json").is_file():
+        notes.append(HUB)
+    if converted:
+        notes.append(CLEANING)
+    if (folder / HEAD_FILE).is_file():
+        notes.append(f"`{HEAD_FILE}` is h_w, the linear map from image features to the teacher's latents.")
     load = LOAD[to].format(folder=name, kind=kind)
-    notes = {"hf": [CLEANING], "open_clip": [HUB] if tokenizer else []}[to]
-    if head:
-        notes = [*notes, "`head.safetensors` is h_w, the linear map from image features to the teacher's latents."]
     parts = [
         f"# {name}",
         f"A CLIP trained by fastsds from {base}. {CLAIMS}",
         "No licence is stated: whoever publishes this folder adds one (`license:` above) that its origins allow.",
         f"## Load it\n\n```python\n{load}\n```",
         *notes,
-        "Checked when it was made: reloaded from this folder alone, image and text features, their cosines and the logit scale are "
-        f"the trained student's to {checked:.1e}.",
+        "Checked when it was made: reloaded from this folder alone, the features of images and captions, their cosines and the "
+        f"logit scale are the trained student's to {checked:.1e}.",
         "## Data", _data(origin),
         "## Recipe", _recipe(origin.recipe),
         "## Results", *_results(origin.run),

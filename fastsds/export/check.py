@@ -1,12 +1,12 @@
 """An export is done when the library it is for, reading the folder alone, gives the student's features."""
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from fastsds import hub
 from fastsds.config import ConfigError
 from fastsds.student import Student
 
@@ -45,7 +45,7 @@ def of_open_clip(folder: Path, size: int) -> Answer:
     import open_clip
 
     name = f"local-dir:{folder}"
-    with offline():
+    with hub.offline():
         model, preprocess = open_clip.create_model_from_pretrained(name)
         tokens = open_clip.get_tokenizer(name)(list(CAPTIONS))
     pixels = torch.stack([preprocess(image) for image in _pictures(size)])
@@ -58,11 +58,13 @@ def of_transformers(folder: Path, size: int) -> Answer:
     """What plain transformers says, as its users load it, with the network off."""
     from transformers import AutoModel, AutoProcessor
 
-    with offline():
+    with hub.offline():
         model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     inputs = processor(
         images=_pictures(size), text=list(CAPTIONS), return_tensors="pt", padding="max_length", truncation=True
     )
+    if model.config.model_type == "siglip":  # trained without one, whatever its tokenizer gives
+        inputs.pop("attention_mask", None)
     out = model(**inputs)
     return Answer(F.normalize(out.image_embeds, dim=-1), F.normalize(out.text_embeds, dim=-1), model.logit_scale.exp())
 
@@ -83,18 +85,6 @@ def compare(ours: Answer, theirs: Answer, what: str) -> float:
             raise ConfigError(f"{what}: {name} differs from the student's by {difference:.2g}; expected at most {TOLERANCE}")
         worst = max(worst, difference)
     return worst
-
-
-@contextmanager
-def offline():
-    """Nothing is fetched within the block, whoever asks."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _pictures(size: int) -> list:

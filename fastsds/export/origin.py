@@ -8,8 +8,9 @@ import yaml
 
 from fastsds.config import ConfigError
 from fastsds.history import Run, read_run
+from fastsds.student import CONFIG_FILE
 
-STUDENT_FILES = ("open_clip_config.json", "config.json")
+STUDENT_FILES = (CONFIG_FILE, "config.json")
 
 
 @dataclass

@@ -130,6 +130,7 @@ def ridge_regression(
     about = {
         "student": weights_digest(student), "teacher": fingerprint(recipe.teacher.path), "data": source.identity(),
         "latents": f"vae in {teacher.dtype}" if latents is None else "given", "seed": recipe.seed, "samples": wanted,
+        "streams": recipe.data.streams,
     }  # fmt: skip
     latents = latents or (lambda batch: teacher.encode(teacher_pixels(batch)))
     path = Path(recipe.output) / FOLDER / SUMS
@@ -170,10 +171,10 @@ def ridge_regression(
     return found
 
 
-def weights_digest(student: Student) -> str:
-    """128 bits of all that decides f(x): the weights and buffers without the head, and what is made of pixels."""
+def weights_digest(student: Student, head: bool = False) -> str:
+    """128 bits of all that decides f(x), or h_w(f(x)): weights and buffers, and what is made of pixels."""
     grey = torch.full((1, 3, student.image_size, student.image_size), 128, dtype=torch.uint8)
-    values = {name: value for name, value in student.state_dict().items() if not name.startswith("head.")}
+    values = {name: value for name, value in student.state_dict().items() if head or not name.startswith("head.")}
     values["normalised"] = student.normalise(grey.to(student.head.linear.weight.device))
     found = hashlib.blake2b(digest_size=16)
     for name, value in values.items():
