@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "durable", "config", "hub", "testing"),
+    ("quiet", "progress", "durable", "config", "weights", "hub", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),
