@@ -61,7 +61,10 @@ setup(
     ],
     extras_require={
         # setuptools builds the wheel that the packaging tests look into
-        "test": [*BENCH, *DATA, *LOGS, "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82"],
+        "test": [
+            *BENCH, *DATA, *LOGS,
+            "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82",
+        ],
         "bench": BENCH,
         "data": DATA,
         "logs": LOGS,

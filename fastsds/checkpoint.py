@@ -4,7 +4,7 @@
       student/                 a folder of the student's library with the weights in fp32, and head.safetensors
       optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state; LoRA's factors
       rank_R.safetensors       8-bit AdamW only: rank R's state as it lies
-      state.json               step, recipe, how it was sharded, versions
+      state.json               step, recipe, data, how it was sharded, commit, versions
 
 AdamW's state fits any engine and number of ranks; the 8-bit one fits the stage and ranks it came from. The teacher is
 never here. A folder is written under another name, synced and renamed, so one that has its name is complete.
@@ -12,7 +12,6 @@ never here. A folder is written under another name, synced and renamed, so one t
 
 import json
 import os
-import platform
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -20,16 +19,17 @@ from pathlib import Path
 
 import torch
 
-import fastsds
 from fastsds.config import ConfigError, Recipe, as_dict
 from fastsds.durable import sync
 from fastsds.engine import MOMENTS
+from fastsds.provenance import commit, versions
 from fastsds.student import Student, beside, lora, read_student, save_student
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 FREE = (
-    "output", "log_every", "checkpoint_every", "data.workers", "bank.path", "student.checkpoint", "student.compile",
+    "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
+    "data.workers", "data.cache", "data.max_skipped", "bank.path", "student.checkpoint", "student.compile",
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
     "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
@@ -38,12 +38,14 @@ _NAME = re.compile(r"step_(\d{8,})$")
 
 @dataclass
 class Saved:
-    """A checkpoint in memory. weights: the student's state_dict; slots: AdamW's moments; recipe: the recipe's state."""
+    """A checkpoint in memory. weights: the student's state_dict; slots: AdamW's moments; recipe: the recipe's state;
+    cursors: how far the data's streams were."""
 
     step: int
     meta: dict
     path: Path
     weights: dict[str, torch.Tensor]
+    cursors: torch.Tensor
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     recipe: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -62,14 +64,20 @@ def path_of(output: Path, step: int) -> Path:
     return folder(output) / f"step_{step:08d}"
 
 
-def save(output: Path, step: int, engine, student: Student, recipe: Recipe, objective, samples: int) -> Path:
-    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts."""
+def save(
+    output: Path, step: int, engine, student: Student, recipe: Recipe, objective, data: dict, cursors: torch.Tensor
+) -> Path:
+    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts.
+
+    Args: data: "samples", how many it has, and its "identity"; None where nobody knows. cursors: of its streams.
+    """
     from safetensors.torch import save_file
 
     eight_bit = recipe.optimizer.name == "adamw8bit"
     final = path_of(output, step)
     partial = final.with_name(f".partial_{final.name}")
     weights, slots = engine.state(moments=not eight_bit)
+    own = objective.state_dict()  # collective
     if engine.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -79,15 +87,17 @@ def save(output: Path, step: int, engine, student: Student, recipe: Recipe, obje
     engine.barrier()
     if engine.rank == 0:
         save_student(weights, student, partial / "student")
-        extra = beside(weights) | {f"recipe.{k}": v.detach().cpu() for k, v in objective.state_dict().items()}
+        extra = beside(weights) | {f"recipe.{k}": v.detach().cpu() for k, v in own.items()}
         save_file({k: v.contiguous() for k, v in {**slots, **extra}.items()}, partial / "optimizer.safetensors")
         meta = {
             "format": FORMAT,
             "step": step,
             "updates": engine.updates(),
-            "samples": samples,
+            **data,
+            "cursors": cursors.tolist(),
             "engine": {"deepspeed": engine.stage is not None, "stage": engine.stage, "ranks": engine.world_size},
             "recipe": as_dict(recipe),
+            "commit": commit(),
             "versions": versions(),
         }
         (partial / "state.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -126,7 +136,7 @@ def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
         raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor clip.logit_scale is missing")
     weights = read_student(path / "student") | {key: rest.pop(key) for key in exact}
     own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
-    return Saved(meta["step"], meta, path, weights, rest, own)
+    return Saved(meta["step"], meta, path, weights, torch.tensor(meta["cursors"]), rest, own)
 
 
 def read_meta(path: Path) -> dict:
@@ -188,18 +198,6 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--resume {file}: {str(error).splitlines()[0]}") from error
-
-
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"python": platform.python_version(), "fastsds": fastsds.__version__}
-    for package in ("torch", "open_clip_torch", "diffusers", "deepspeed", "bitsandbytes"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def _same_recipe(path: Path, then: dict, now: dict) -> None:

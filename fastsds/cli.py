@@ -8,6 +8,8 @@ from fastsds.config import ConfigError
 COMMANDS = {
     "bank": ("fastsds.teacher.bank", "build: ask the teacher once about a data set, for training from its targets alone"),
     "demo": ("fastsds.demo", "train the embedded world with and without the teacher, and compare the two"),
+    "export": ("fastsds.export", "a trained student as an open_clip or transformers folder, checked, with a model card"),
+    "report": ("fastsds.report", "draw runs: curves, residual by noise band, evaluations with intervals"),
     "train": ("fastsds.train", "train a recipe; with several ranks use `deepspeed fastsds/train.py`"),
 }
 

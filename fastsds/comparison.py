@@ -12,7 +12,7 @@ from fastsds import report, world
 from fastsds.evaluation import world_suite
 from fastsds.evaluation.diffusion_score import diffusion_scores
 from fastsds.evaluation.statistics import holm, mcnemar, two_level_bootstrap
-from fastsds.evaluation.winoground import swap_accuracy, winoground
+from fastsds.evaluation.winoground import winoground
 from fastsds.metrics import read
 from fastsds.student import load_student
 
@@ -52,10 +52,7 @@ def outcomes(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     rows, result = _rows(folder), {}
     found = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
     for split in splits():
-        scores, kinds = world_suite.scores_of(rows, split)
-        outcome, swap = winoground(scores), swap_accuracy(scores)
-        result |= {(split, name): 100.0 * getattr(outcome, name) for name in outcome._fields}
-        result |= {(split, f"swap_{kind}"): 100.0 * swap[kinds == kind] for kind in world_suite.KINDS}
+        result |= {(split, name): values for name, values in world_suite.outcomes(rows, split).items()}
         result[split, "retrieval"] = 100.0 * np.array(found[split])
     return result
 

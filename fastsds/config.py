@@ -11,6 +11,7 @@ Every error is a `ConfigError`; the command line prints it and exits with code 2
 """
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -76,12 +77,17 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "world"               # "world" or a tab-separated file with the columns filepath, title
-    images: str | None = None           # the folder that `filepath` is relative to; null: the folder of the file
-    samples: int | None = None          # the first N samples; null: all
+    source: str = "world"               # "world", or a file, folder, shards: see docs/data.md
+    images: str | None = None           # the folder that a file's image names are relative to; null: the file's own
+    split: str | None = None            # of a Karpathy JSON; null: train and restval
+    samples: int | None = None          # the first N images; null: all
+    caption: Literal["random", "first"] = "random"      # of an image with several: one drawn for each epoch, or the first
     batch: int = 32                     # contrastive batch over all ranks
     accumulation: int = 2               # contrastive batches an optimizer step
-    workers: int = 0
+    streams: int = 64                   # logical streams that share the data out; a multiple of the ranks
+    workers: int = 0                    # threads that decode
+    cache: str | None = None            # a folder on a local disk for decoded images
+    max_skipped: float = 0.001          # the share of damaged samples that is passed over
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,12 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = False           # also OUTPUT/tensorboard
+    wandb: str | None = None            # a project of Weights & Biases; WANDB_MODE=offline works
+
+
+@dataclass(frozen=True)
 class Recipe:
     seed: int = 0
     output: str = "runs/world"
@@ -133,6 +145,7 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_every: int = 20
+    log: LogConfig = field(default_factory=LogConfig)       # beside metrics.jsonl
     checkpoint_every: int = 0           # 0: only at the end
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -140,22 +153,23 @@ class Recipe:
 # key: (test, what is expected). A value of null or "auto" has no range.
 _RANGES = {}
 for _keys, _test, _text in (
-    ("data.batch data.accumulation data.samples head.samples bank.draws loss.sds_every log_every eval.items student.lora.rank",
-     lambda v: v >= 1, "at least 1"),
+    ("data.batch data.accumulation data.streams data.samples head.samples bank.draws loss.sds_every log_every eval.items "
+     "student.lora.rank", lambda v: v >= 1, "at least 1"),
     ("steps head.warmup_steps head.ridge teacher.micro_batch bank.refresh_every data.workers loss.lambda "
      "optimizer.weight_decay optimizer.warmup optimizer.clip checkpoint_every eval.every", lambda v: v >= 0, "at least 0"),
+    ("data.max_skipped", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("loss.rho optimizer.lr optimizer.head_lr optimizer.eps student.lora.alpha", lambda v: v > 0, "greater than 0"),
     ("student.tune student.lora.targets", lambda v: len(v) and all(map(str.strip, v)), "at least one pattern, none empty"),
     ("seed bank.seed", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
-    ("output student.model teacher.path teacher.attention bank.path data.source", lambda v: bool(v.strip()),
-     "a text that is not empty"),
+    ("output student.model teacher.path teacher.attention bank.path data.source data.split data.cache log.wandb",
+     lambda v: bool(v.strip()), "a text that is not empty"),
 ):
     _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
 
-_ALWAYS_PATHS = ("teacher.path", "bank.path", "data.source", "data.images")        # unless "world"
+_ALWAYS_PATHS = ("teacher.path", "bank.path", "data.source", "data.images", "data.cache")        # unless "world"
 _SOMETIMES_PATHS = ("student.model", "student.pretrained")            # a name, or a folder or file
 
 
@@ -398,17 +412,25 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
     if batch % world_size:
         raise ConfigError(f"data.batch is {batch}, the contrastive batch over all ranks; expected a multiple of "
                           f"{world_size}, the number of ranks")
+    if recipe.data.streams % world_size:
+        raise ConfigError(f"data.streams is {recipe.data.streams}; expected a multiple of {world_size}, the number of ranks "
+                          f"(--set data.streams={max(1, recipe.data.streams // world_size) * world_size})")
     asks = recipe.loss.gradient != "amortised"      # else it is a bank that is made by so many at a time, of any data
     if asks and recipe.teacher.micro_batch and (batch // world_size) % recipe.teacher.micro_batch:
         raise ConfigError(f"teacher.micro_batch is {recipe.teacher.micro_batch}; expected a divisor of {batch // world_size}, "
                           "a rank's part of data.batch, so that the UNet sees one shape")
     for key, value in (("data.source", recipe.data.source), ("data.images", recipe.data.images),
                        ("teacher.path", recipe.teacher.path)):
-        if value and value != "world" and Path(value).is_absolute() and not Path(value).exists():
+        if value and value != "world" and "{" not in value and Path(value).is_absolute() and not Path(value).exists():
             raise ConfigError(f"{key}: no such file or folder: {value}")
     if recipe.loss.negatives == "swapped" and recipe.data.source != "world":
         raise ConfigError("loss.negatives is 'swapped', which needs captions with swapped roles; only data.source world "
                           "has them: expected none")
+    for key, wanted, package in (("log.tensorboard", recipe.log.tensorboard, "tensorboard"),
+                                 ("log.wandb", recipe.log.wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} is {_show(wanted)}, and the package {package} is missing: "
+                              "pip install 'fastsds[logs]'")
     config = deepspeed_json or {}
     zero = config.get("zero_optimization")
     if recipe.student.compile and isinstance(zero, dict) and zero.get("stage") == 3:

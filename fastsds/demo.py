@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsds import comparison, jobs, report
+from fastsds import comparison, figures, jobs, report
 from fastsds.config import ConfigError, Recipe, as_dict, load_recipe
 from fastsds.jobs import Job
+from fastsds.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ def write(settings: Settings, tables, notes: list[str], results: dict) -> list[P
     for table in tables:
         print("\n" + report.as_text(*table))
     print("\n" + "\n".join(notes))
-    source = {"command": " ".join(["fastsds demo", *settings.argv]), **report.provenance()}
+    source = {"command": " ".join(["fastsds demo", *settings.argv]), **provenance()}
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     stamp = f"`{source['command']}`, commit {source['commit']}; {versions}; {source['machine']}."
     parts = [first_line(settings.recipe), *(report.as_markdown(*table) for table in tables), *notes, stamp]
@@ -322,7 +323,7 @@ def draw(path: Path, arms: dict[str, Job], settings: Settings) -> None:
         item["choices"] = {label: of[item["id"]] for label, of in choices.items()}
     curves = {label: comparison.curves(arms[label].folder / "run" / "metrics.jsonl") for label in (CLIP.label, SDS.label)}
     title = "Held-out test items: the first of each kind, not chosen. ✓: the student gives this image its own caption"
-    report.picture(path, shown, curves, title)
+    figures.picture(path, shown, curves, title)
 
 
 if __name__ == "__main__":

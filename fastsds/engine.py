@@ -4,6 +4,7 @@ Both have one surface, so the loop does not know which it has:
 
     engine(pixels, tokens) -> StudentOutput      engine.backward(loss); engine.step()    one call each a micro-step
     engine.mean(x), engine.any(flag)             over ranks
+    engine.grad_norm()                           of the last step, before clipping
     engine.state(), engine.load_moments(...)     the fp32 weights and moments by parameter name, whole
 
 `state` is collective: every rank calls it.
@@ -36,6 +37,11 @@ def device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def gradient_norm(parameters) -> torch.Tensor:
+    """The 2-norm of all gradients together; waits for no GPU. Returns: 0-dim."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
 class TorchEngine:
     """Plain torch on one device. precision bf16: fp32 weights, bf16 autocast of the student's forward."""
 
@@ -55,7 +61,7 @@ class TorchEngine:
         self.module = student.to(self.device)
         self.optimizer = self.inner = optimizers.build(student, recipe.optimizer)
         self.accumulation, self.clip = recipe.data.accumulation, recipe.optimizer.clip
-        self.bf16, self.micro_steps = recipe.precision == "bf16", 0
+        self.bf16, self.micro_steps, self._norm = recipe.precision == "bf16", 0, None
         self._trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self._frozen = {}  # read when asked for: nothing shards it
 
@@ -74,10 +80,15 @@ class TorchEngine:
         for parameter in self._trained.values():  # ZeRO steps a parameter without a gradient as one with a zero gradient
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        self._norm = gradient_norm(self._trained.values())
         if self.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip)
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self.clip, self._norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def grad_norm(self) -> float | None:
+        """The global norm of the last step's gradient before clipping; the host waits. None: DeepSpeed was told not to ask."""
+        return None if self._norm is None else float(self._norm)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """The mean over ranks."""
@@ -86,6 +97,10 @@ class TorchEngine:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. Host to host: waits for no GPU."""
         return flag
+
+    def most(self, x: torch.Tensor) -> torch.Tensor:
+        """The greatest over ranks, element by element. Host to host. Shapes: int64 on the CPU."""
+        return x
 
     def barrier(self) -> None:
         pass

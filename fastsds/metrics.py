@@ -1,4 +1,7 @@
-"""What a run tells about itself: metrics.jsonl, per-item outcomes, one status line, and what a dry run prints."""
+"""What a run tells about itself: its recipe, metrics.jsonl, per-item outcomes, one status line, and what a dry run prints.
+
+Rows also go to TensorBoard and Weights & Biases where the recipe's `log` asks for it; neither is imported otherwise.
+"""
 
 import json
 import shutil
@@ -7,34 +10,41 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastsds.config import Recipe, dump_recipe
+from fastsds.config import ConfigError, Recipe, as_dict, dump_recipe
 from fastsds.progress import EVERY, clock
 from fastsds.student import count_trained, size
 
 
 class Metrics:
-    """Rank 0 writes; the same calls on other ranks do nothing.
+    """Rank 0 makes the output folder and writes; the same calls on other ranks do nothing.
 
     On a resumed run the rows after its first step are dropped, so the file reads as if nothing had happened.
+    Raises: ConfigError if the folder cannot be made, or Weights & Biases is asked for and cannot start.
     """
 
-    def __init__(self, output: Path, rank: int, steps: int, start: int = 0):
-        self.silent, self.steps, self.start = rank != 0, steps, start
+    def __init__(self, output: Path, rank: int, recipe: Recipe, start: int = 0):
+        self.silent, self.steps, self.start = rank != 0, recipe.steps, start
         self.path = Path(output) / "metrics.jsonl"
+        self.sinks = [] if self.silent else _open(self.path.parent, recipe, start)
         self.tty = sys.stderr.isatty()
         self.began = self.marked = time.perf_counter()
         self.at, self.idle, self.said, self.width = start, 0.0, 0.0, 0
         if not self.silent and self.path.is_file():
             _drop_after(self.path, start)
 
-    def row(self, **values) -> None:
-        """Append one row and push it to the file."""
-        if not self.silent:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+    def row(self, split: str, step: int, **values) -> None:
+        """Append one row and push it to the file, and its numbers to whoever else is told."""
+        if self.silent:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
+        numbers = {f"{split}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+        for sink in self.sinks:
+            sink(step, numbers)
 
-    def train(self, step: int, images_a_step: int, **values: float) -> None:
-        """One training row, with the rate since the last one, and the status line."""
+    def train(self, step: int, images_a_step: int, **values: float | None) -> None:
+        """One training row, with the rate since the last one, and the status line. A value of None is left out."""
+        values = {key: value for key, value in values.items() if value is not None}
         now = time.perf_counter()
         busy = max(now - self.marked - self.idle, 1e-9)
         rate = (step - self.at) * images_a_step / busy
@@ -114,6 +124,54 @@ def read(path: Path) -> list[dict]:
         except ValueError:
             break
     return rows
+
+
+def _open(output: Path, recipe: Recipe, start: int) -> list:
+    """Make the output folder with the recipe in it. Returns: functions of (step, {name: number})."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {error}") from error
+    sinks = [_tensorboard(output, start)] if recipe.log.tensorboard else []
+    if recipe.log.wandb:
+        sinks.append(_wandb(output, recipe, start))
+    try:
+        (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output: {error}") from error
+    return sinks
+
+
+def _tensorboard(output: Path, start: int):
+    """OUTPUT/tensorboard. What an earlier start wrote after the step `start` is taken back."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
+
+    def sink(step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return sink
+
+
+def _wandb(output: Path, recipe: Recipe, start: int):
+    """A run named like the output folder; a resumed one goes on under its id. It ends with the process."""
+    import wandb
+
+    kept = output / "wandb" / "id"
+    earlier = kept.read_text(encoding="utf-8") if start and kept.is_file() else None
+    try:
+        run = wandb.init(
+            project=recipe.log.wandb, name=output.name, id=earlier, resume="allow", dir=output, config=as_dict(recipe),
+            reinit="finish_previous", settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+    except wandb.errors.Error as error:
+        raise ConfigError(f"log.wandb: {error} (WANDB_MODE=offline needs neither an account nor a network)") from error
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(run.id, encoding="utf-8")
+    return lambda step, numbers: run.log(numbers, step=step)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -1,20 +1,17 @@
-"""What a comparison says: tables as text and as markdown, the picture, and where it all came from."""
+"""What runs say: tables of a comparison as text and as markdown, and `fastsds report RUN...`, which draws runs."""
 
-import importlib.metadata
-import os
-import platform
+import argparse
 import re
-import subprocess
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-import fastsds
-from fastsds.config import Recipe
+from fastsds import figures
+from fastsds.config import ConfigError, Recipe
 from fastsds.evaluation.winoground import CHANCE
+from fastsds.history import read_runs
 
-PACKAGES = ("torch", "open_clip_torch", "diffusers", "transformers", "numpy")
 PAPER = "arXiv 2307.09233, as far as its settings can be told from secondary sources"
 SPLIT_NAMES = {"seen": "seen", "dev": "held out (dev)", "test": "held out"}
 COLUMNS = ("text", "image", "group", "swap_object", "swap_colour", "swap_shape", "retrieval", "reading")
@@ -49,33 +46,6 @@ def settings_line(recipe: Recipe, latent: tuple[int, int, int], image_size: int,
         (True, f"teacher {teacher} (Stable Diffusion v1), data {data.source} (MS-COCO)"),
     )
     return f"Not the paper's settings ({PAPER}; in brackets): " + "; ".join(text for differs, text in facts if differs)
-
-
-def provenance() -> dict:
-    """Commit, versions and machine: what a number needs beside it."""
-    root = Path(fastsds.__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    git = None
-    if (root / ".git").exists():  # not whatever repository an installed package happens to lie in
-        try:
-            git = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            git = None
-    versions = {"fastsds": fastsds.__version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"commit": git or "unknown", "versions": versions, "machine": machine()}
-
-
-def machine() -> str:
-    """One line: processor, cores this process may use, memory, system."""
-    try:
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        memory = f", {gib:.0f} GiB"
-    except (OSError, ValueError):
-        name, memory = None, ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name[1].strip() if name else platform.machine()}, {cores} cores{memory}, {platform.system()}"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -152,56 +122,19 @@ def as_markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row).replace("+-", "±") + " |" for row in cells)
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def picture(path: Path, shown: list[dict], curves: dict[str, dict], title: str) -> None:
-    """Swap items with what each student chose, what h_w(f(x)) decodes to, and the curves.
-
-    Args:
-        shown: items: {"kind", "images" uint8 [2, 3, S, S], "decoded" the same or None, "captions" [2],
-            "choices" {arm: (bool, bool)}: whether it gave image i its own caption}.
-        curves: arm -> {"loss": [(step, L_CLIP)], "<split> ...": [(step, percent)]}.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    decoded = any(item["decoded"] is not None for item in shown)
-    rows = [(name, i) for i in range(2) for name in (("images", "decoded") if decoded else ("images",))]
-    figure = Figure(figsize=(2.1 * len(shown), 2.3 * len(rows) + 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.2 * len(rows), 3.4))
-    figure.suptitle(title, fontsize=10)
-    grid = top.subplots(len(rows), len(shown), squeeze=False)
-    for column, item in enumerate(shown):
-        for row, (name, i) in enumerate(rows):
-            axes = grid[row, column]
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel({"images": f"image {i}", "decoded": "h_w(f(x)), decoded"}[name], fontsize=8)
-            if item[name] is None:
-                axes.axis("off")
-                continue
-            axes.imshow(np.asarray(item[name][i]).transpose(1, 2, 0))
-            if name == "images":
-                kind = f"{item['kind']} swap\n" if row == 0 else ""
-                axes.set_title(kind + "\n".join(textwrap.wrap(item["captions"][i], 26)), fontsize=7)
-                for line, (arm, right) in enumerate(item["choices"].items()):
-                    mark, colour = ("✓", "tab:green") if right[i] else ("✗", "tab:red")
-                    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "fontsize": 7, "color": colour}
-                    axes.text(0.5, -0.03 - 0.08 * line, f"{arm} {mark}", **place)
-    left, right = bottom.subplots(1, 2)
-    for number, (arm, lines) in enumerate(curves.items()):
-        for name, points in lines.items():
-            held_out = not name.startswith("seen")
-            axes, style = (left, "-") if name == "loss" else (right, "-" if held_out else ":")
-            steps, values = zip(*points, strict=True) if points else ((), ())
-            axes.plot(steps, values, style, color=f"C{number}", label=arm if name == "loss" else f"{arm}, {name}")
-    left.set(title="training: contrastive loss", xlabel="step", ylabel="L_CLIP")
-    right.set(title="development items: object-swap accuracy", xlabel="step", ylabel="%", ylim=(0, 102))
-    right.axhline(CHANCE["swap"], color="0.7", linewidth=0.8)
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastsds report", description="Draw runs: curves, residuals, evaluations.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the output folder of a run; several are drawn together")
+    parser.add_argument("--out", default="report", metavar="DIR", help="where the PNG files go (default: report)")
+    args = parser.parse_args(argv)
+    runs, out = read_runs(args.runs), Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written = [path for name, draw in figures.OF_RUNS.items() if (path := draw(out / name, runs))]
+    except OSError as error:
+        raise ConfigError(f"--out: {error}") from error
+    print("\n".join(map(str, written)))
+    return 0

@@ -122,6 +122,15 @@ def log_snr(alphas_cumprod):
     return torch.log(abar) - torch.log1p(-abar)
 
 
+def level_range(alphas_cumprod, first, last):
+    """Return (low, high), the log SNR that the timesteps first .. last - 1 span; a level without signal counts as the lowest
+    that has some."""
+    level = log_snr(alphas_cumprod)
+    finite = level[level.isfinite()]
+    part = level[first:last].clamp(finite.min(), finite.max())
+    return float(part.min()), float(part.max())
+
+
 def timestep_range(alphas_cumprod, t=None, log_snr=None, shift=0.0):
     """Turn a range of noise levels into a half-open range of timesteps.
 

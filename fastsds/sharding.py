@@ -10,7 +10,7 @@ import torch
 
 from fastsds import optimizer as optimizers
 from fastsds.config import ConfigError, Recipe
-from fastsds.engine import TorchEngine, device, ranks
+from fastsds.engine import TorchEngine, device, gradient_norm, ranks
 
 
 def stage_of(config: dict | None) -> int | None:
@@ -60,7 +60,7 @@ class DeepSpeedEngine(TorchEngine):
             utils.safe_get_full_fp32_param, utils.safe_get_full_optimizer_state,
             utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state,
         )  # fmt: skip
-        self.module = student
+        self.module, self._norm = student, None
         self.stage = self.ds.zero_optimization_stage()
         gloo = self.device.type == "cpu"
         self._host_group = None if gloo else torch.distributed.new_group(backend="gloo")
@@ -72,7 +72,12 @@ class DeepSpeedEngine(TorchEngine):
         self.ds.backward(loss)
 
     def step(self) -> None:
+        last = self.ds.is_gradient_accumulation_boundary()
+        if last and (plain := not hasattr(self.optimizer, "_global_grad_norm")):  # ZeRO 0 in fp32: gradients are whole here
+            self._norm = gradient_norm(self._trained.values())
         self.ds.step()
+        if last and not plain:
+            self._norm = self.ds.get_global_grad_norm()
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:
@@ -86,6 +91,12 @@ class DeepSpeedEngine(TorchEngine):
             torch.distributed.all_reduce(votes, group=self._host_group)
             flag = bool(votes)
         return flag
+
+    def most(self, x: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            x = x.clone()
+            torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self._host_group)
+        return x
 
     def barrier(self) -> None:
         self.any(False)

@@ -24,12 +24,11 @@ import argparse
 import dataclasses
 import math
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from fastsds import checkpoint, config, optimizer, sharding
+from fastsds import checkpoint, config, optimizer, profiling, sharding
 from fastsds.config import ConfigError, Recipe
 from fastsds.engine import device, ranks
 from fastsds.metrics import Metrics, counts, describe
@@ -50,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint")
     parser.add_argument("--output", metavar="DIR", help="override the recipe's output folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run, write nothing")
+    parser.add_argument("--profile", type=profiling.count, default=0, metavar="N", help="trace N steps into OUTPUT/profile")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser.parse_args(argv)
 
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     make_deterministic(place)
 
     # The frozen teacher, the student, the data.
-    from fastsds.data.sampler import last_epoch, load_batch
+    from fastsds.data.loader import Loader, SkipLog, ahead
     from fastsds.data.sources import open_source
-    from fastsds.recipes.head import init_head
+    from fastsds.recipes.head import forget_sums, init_head
     from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
     from fastsds.student import make_student, save_student
 
@@ -91,40 +91,45 @@ def run(args: argparse.Namespace) -> int:
         bank = Bank(recipe)
     shape = (teacher or bank).latent_shape if teacher or bank else None
     student, trained = make_student(recipe.student, shape, place, recipe.seed)
-    source = open_source(data, student.image_size, recipe.seed)
-    if data.batch > len(source):
-        raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {len(source)} samples")
+    source = open_source(data, recipe.seed)
+    count = len(source) if hasattr(source, "__len__") else None
+    about = {"samples": count, "identity": None if count is None else source.identity()}
+    if count is not None and data.batch > count:
+        raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {count} samples")
     if bank:
         bank.attach(source, teacher if recipe.bank.refresh_every else None, rank, world_size)
 
-    def load(step: int, micro: int, rank: int = rank, world: int = world_size, asked: tuple[str, ...] = running):
-        if bank:
-            bank.reach(last_epoch(step, micro, data.batch, len(source), data.accumulation))
-        return load_batch(
-            source, step, micro, batch=data.batch, accumulation=data.accumulation, seed=recipe.seed,
-            image_size=student.image_size, tokenize=student.tokenize, rank=rank, world=world, device=place,
-            negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
-            teacher_size=teacher.image_size if "vae" in asked else None, bank=bank and bank.read,
+    def batches(asked: tuple[str, ...], **how) -> Loader:
+        how = {"rank": rank, "world": world_size, "reach": bank and bank.reach, "read": bank and bank.read, **how}
+        return Loader(
+            source, batch=data.batch, streams=data.streams, seed=recipe.seed, image_size=student.image_size,
+            tokenize=student.tokenize, negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
+            teacher_size=teacher.image_size if "vae" in asked else None, device=place, max_skipped=data.max_skipped,
+            **how,
         )  # fmt: skip
 
     # Where the run starts: a checkpoint, or the head's initialisation.
-    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch)
-    saved = checkpoint.load(resume, recipe, len(source)) if resume else None
+    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch,
+                        bank and bank.log_snr)
+    saved = checkpoint.load(resume, recipe, count) if resume else None
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
         checkpoint.put_weights(saved, student, trained)
+        if rank == 0 and output.resolve() in resume.resolve().parents:
+            SkipLog(output).go_back(saved.cursors)  # make_engine waits for it
     evaluate = make_evaluation(recipe, student)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
         if rank == 0:
             print(describe(recipe, student, trained, teacher, source, world_size, stage))
         return 0
+    started = {}
     if saved is None and shape is not None:
-        head = recipe.head
-        init_head(
-            student, teacher, lambda k: load(k, 0, 0, 1, parts), head.init, loss=loss, seed=recipe.seed, samples=head.samples,
-            warmup_steps=head.warmup_steps, ridge=head.ridge, lr=recipe.optimizer.head_lr, micro_batch=objective.micro_batch,
-        )  # fmt: skip
+        kept = bank and recipe.head.init == "ridge"  # the latents are in the bank
+        how = {"rank": 0, "world": 1, **({"read": bank.latents} if kept else {})}  # whole batches, whatever the ranks
+        whole = lambda first, cursors: batches(parts, first=first, cursors=cursors, **how)  # noqa: E731
+        latents = (lambda batch: batch.latents) if kept else None
+        started = init_head(student, teacher, whole, recipe, source, latents=latents, rank=rank)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
     engine = sharding.make_engine(student, recipe, sharded)
@@ -132,21 +137,19 @@ def run(args: argparse.Namespace) -> int:
     if saved is not None:
         start = saved.step
         checkpoint.put_state(saved, engine, objective, recipe)
+    metrics = Metrics(output, rank, recipe, start)
     if rank == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "recipe.yaml").write_text(config.dump_recipe(recipe), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"output: {error}") from error
-    metrics = Metrics(output, rank, recipe.steps, start)
+        forget_sums(output)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
+    if started:
+        metrics.row(split="head", step=0, init=recipe.head.init, **started)
     if teacher and teacher.acceleration:
         metrics.note(f"teacher: {teacher.acceleration}")
     stop = Interrupt()
 
-    def save(step: int) -> Path:
+    def save(step: int, cursors: torch.Tensor) -> Path:
         with metrics.pause():
-            return checkpoint.save(output, step, engine, student, recipe, objective, len(source))
+            return checkpoint.save(output, step, engine, student, recipe, objective, about, engine.most(cursors))
 
     def measure(step: int) -> None:
         with metrics.pause():
@@ -161,8 +164,9 @@ def run(args: argparse.Namespace) -> int:
         measure(0)
     images = data.batch * data.accumulation
     places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
-    with stop:
-        for batch, (step, micro) in zip(ahead(load, places, data.workers), places, strict=True):
+    loader = batches(running, report=SkipLog(output), first=start * images, cursors=saved and saved.cursors)
+    with stop, profiling.trace(output, args.profile, start, recipe.steps, rank) as mark:
+        for (batch, cursors), (step, micro) in zip(ahead(loader, len(places), data.workers), places, strict=True):
             last = micro == data.accumulation - 1
             done = step + 1
             log = done % recipe.log_every == 0 or done == recipe.steps
@@ -178,17 +182,18 @@ def run(args: argparse.Namespace) -> int:
                     seen.setdefault(key, []).append(value.detach().float())
             if not last:
                 continue
+            mark()
             if log:
                 means = engine.mean(torch.stack([torch.stack(v).mean() for v in seen.values()])).tolist()
                 row = dict(zip(seen, means, strict=True))
-                metrics.train(done, images, **row, lr=rate * recipe.optimizer.lr)
+                metrics.train(done, images, **row, grad_norm=engine.grad_norm(), lr=rate * recipe.optimizer.lr)
                 if not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss is {row['loss']} at step {done}; see {metrics.path}")
             if done < recipe.steps and recipe.eval.every and done % recipe.eval.every == 0:
                 measure(done)
             stopped = engine.any(stop.asked)
             if stopped or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps):
-                where = save(done)
+                where = save(done, cursors)
             if stopped and done < recipe.steps:
                 metrics.note(f"stopped after step {done}; {where} is complete: same command with --resume latest goes on")
                 engine.close()
@@ -197,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
     # The end: the student as an open_clip folder.
     if start < recipe.steps:
         measure(recipe.steps)
-        save(recipe.steps)
+        save(recipe.steps, cursors)
     weights, _ = engine.state(moments=False)
     if rank == 0:
         save_student(weights, student, output / "student")
@@ -218,20 +223,6 @@ def make_deterministic(device: torch.device) -> None:
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def ahead(load, places, workers: int):
-    """The batches at places, in order; with workers, the next one is loaded while a step computes."""
-    if not workers:
-        yield from (load(*place) for place in places)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(load, *places[0]) if places else None
-        for place in [*places[1:], None]:
-            batch = waiting.result() if waiting else None
-            waiting = pool.submit(load, *place) if place else None
-            if batch is not None:
-                yield batch
 
 
 class Interrupt:

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import runs
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from fastsds import config, ops
 from fastsds.config import ConfigError
@@ -40,7 +40,7 @@ def recipe_of(base, folder, *more):
 def made(base, folder, *more, rank=0, world=1):
     recipe = recipe_of(base, folder, *more)
     teacher = Teacher.load(recipe.teacher.path)
-    bank.build(recipe, teacher, open_source(recipe.data, teacher.image_size), rank, world)
+    bank.build(recipe, teacher, open_source(recipe.data), rank, world)
     return recipe
 
 
@@ -52,7 +52,7 @@ def built(base, tmp_path_factory):
 
 def opened(recipe, **how):
     found = bank.Bank(recipe)
-    found.attach(open_source(recipe.data, tiny.IMAGE), **how)
+    found.attach(open_source(recipe.data), **how)
     return found
 
 
@@ -62,7 +62,7 @@ def files(folder):
 
 def test_targets_are_the_teachers(built):
     recipe, _ = built
-    teacher, source = Teacher.load(recipe.teacher.path), open_source(recipe.data, tiny.IMAGE)
+    teacher, source = Teacher.load(recipe.teacher.path), open_source(recipe.data)
     ids, visits = torch.tensor([69, 3, 0, 41]), torch.tensor([0, 1, 5, 3])  # visits 5 and 3 take draws 2 and 0
     samples = source.load(ids, visits, teacher.image_size)
     found = opened(recipe).read(ids, visits, samples)
@@ -163,15 +163,47 @@ def test_a_changed_image_of_the_same_size_is_noticed(base, tmp_path):
     (tmp_path / "data.tsv").write_text("\n".join(rows) + "\n")
     sets = (f"data.source={tmp_path / 'data.tsv'}", "data.samples=16")
     recipe, ids = made(base, tmp_path / "bank", *sets), torch.arange(16)
-    source = open_source(recipe.data, tiny.IMAGE)
-    opened(recipe).read(ids, ids * 0, source.load(ids))
+    source = open_source(recipe.data)
+    opened(recipe).read(ids, ids * 0, source.load(ids, ids * 0, tiny.IMAGE))
     content = bytearray((tmp_path / "5.bmp").read_bytes())
     content[-1] ^= 1
     (tmp_path / "5.bmp").write_bytes(content)
     found = opened(recipe)
-    found.read(ids[:5], ids[:5] * 0, source.load(ids[:5]))
-    with pytest.raises(ConfigError, match="sample 5, 'a red ring, number 5', has another image or caption"):
-        found.read(ids, ids * 0, source.load(ids))
+    found.read(ids[:5], ids[:5] * 0, source.load(ids[:5], ids[:5] * 0, tiny.IMAGE))
+    with pytest.raises(ConfigError, match="pair 5, 'a red ring, number 5', has another image or caption"):
+        found.read(ids, ids * 0, source.load(ids, ids * 0, tiny.IMAGE))
+
+
+def test_each_caption_of_an_image_has_targets_and_a_damaged_image_is_passed_over(base, tmp_path, monkeypatch):
+    from PIL import Image
+
+    rows = ["filepath\ttitle"]
+    for i, image in enumerate(tiny.pixels(24)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.bmp")
+        rows += [f"{i}.bmp\t{said}, number {i}" for said in ("a red ring", "the blue ring", "a cross")[: 1 + i % 3]]
+    (tmp_path / "7.bmp").write_bytes(b"not an image")
+    (tmp_path / "data.tsv").write_text("\n".join(rows) + "\n")
+    sets = (f"data.source={tmp_path / 'data.tsv'}", "data.samples=24", "data.batch=8", "steps=12")
+    with pytest.raises(ConfigError, match=r"and 2 of 48 pairs cannot be used:(\n  7.bmp: not a readable image .cannot.*){2}"):
+        made(base, tmp_path / "bank", *sets)
+    sets += ("data.max_skipped=0.05",)
+    recipe, teacher = made(base, tmp_path / "bank", *sets), Teacher.load(base.parent / "teacher")
+    source, found, ids = open_source(recipe.data), opened(recipe), torch.arange(24)
+    samples = source.load(ids, ids * 0 + 5, tiny.IMAGE).take([i for i in range(24) if i != 7])
+    assert len(set(samples.rows.tolist())) == 23 and samples.rows.max() > 24
+    answers = found.targets(None, samples.rows * 0 + 5, samples)
+    t = ops.Noise(4, ops.draw(ops.Purpose.TIMESTEP, 5 % DRAWS), samples.rows).randint(200, 900)
+    assert torch.equal(answers["abar"], teacher.alphas_cumprod[t])
+    for name, expected in (("text", teacher.embed(samples.captions)), ("latents", teacher.encode(samples.pixels))):
+        answer = (found.texts if name == "text" else found.latents)(None, None, samples)[name]
+        torch.testing.assert_close(answer.float(), expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    for gradient in ("amortised", "latents"):
+        out = tmp_path / gradient
+        assert all(row["sds"] > 0 for row in train(base, tmp_path / "bank", out, *sets, f"loss.gradient={gradient}"))
+        skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+        assert {row["id"] for row in skipped} == {7} and [row["epoch"] for row in skipped] == list(range(len(skipped)))
+        assert len(skipped) == 8  # 12 x 2 x 8 images of 23 good ones
 
 
 def test_a_bank_of_another_teacher_or_a_damaged_one_is_refused(base, built, tmp_path):
@@ -186,10 +218,10 @@ def test_a_bank_of_another_teacher_or_a_damaged_one_is_refused(base, built, tmp_
     shutil.copytree(folder, tmp_path / "bank")
     shard = tmp_path / "bank" / "generation_0000" / "shard_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
-    source = open_source(recipe.data, tiny.IMAGE)
+    source = open_source(recipe.data)
     first = torch.tensor([0])
     with pytest.raises(ConfigError, match="shard_00000.safetensors: damaged"):
-        opened(recipe_of(base, tmp_path / "bank")).read(first, first, source.load(first))
+        opened(recipe_of(base, tmp_path / "bank")).read(first, first, source.load(first, first * 0, tiny.IMAGE))
 
 
 def test_it_says_what_it_will_cost_and_refuses_a_full_disk(base, tmp_path, capsys, monkeypatch):
@@ -259,13 +291,23 @@ def test_the_command_line(tmp_path, capsys):
 
 def train(base, folder, output, *more):
     assert runs.train("--recipe", base, *runs.sets(*SETS, f"bank.path={folder}", *more), "--output", output) == 0
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return runs.rows(output)
 
 
 def test_training_from_the_bank_opens_no_teacher(base, built, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
     rows = train(base, built[1], tmp_path / "run", "steps=12", "data.workers=1", "head.init=warmup", "head.warmup_steps=3")
     assert all(row["sds"] > 0 for row in rows) and rows[-1]["sds"] < rows[0]["sds"]
+
+
+def test_a_head_is_solved_for_from_the_banks_latents(base, built, tmp_path, monkeypatch):
+    """As from the VAE's, to the rounding of fp16, and without a teacher."""
+    sets = ("steps=1", "head.init=ridge", f"head.samples={ROWS - 8}", "student.tune=layernorm", "optimizer.head_lr=1e-9")
+    train(base, built[1], tmp_path / "vae", *sets, "loss.gradient=latents", "bank.path=null")
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: pytest.fail("a teacher was loaded"))
+    train(base, built[1], tmp_path / "bank", *sets)
+    a, b = (load_file(tmp_path / name / "student" / "head.safetensors") for name in ("vae", "bank"))
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, built, tmp_path, monkeypatch):
@@ -280,7 +322,7 @@ def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, buil
         assert (ours["sds"] == theirs["sds"]) == (ours["step"] * 32 / ROWS <= DRAWS), ours["step"]
     recipe = recipe_of(base, built[1], *sets, f"output={tmp_path / 'run'}")
     teacher, ids = Teacher.load(recipe.teacher.path, parts=("unet",)), torch.tensor([5, 60])
-    samples = open_source(recipe.data, tiny.IMAGE).load(ids)
+    samples = open_source(recipe.data).load(ids)
     found = opened(recipe, teacher=teacher).read(ids, torch.tensor([7, 9]), samples)
     for row, draw in enumerate((7, 9)):
         t = ops.Noise(4, ops.draw(ops.Purpose.TIMESTEP, draw), ids[row : row + 1]).randint(200, 900)

@@ -86,13 +86,20 @@ def one(base, two, tmp_path_factory):
 
 @pytest.mark.parametrize("n", STAGES)
 def test_two_ranks_are_one_rank_with_the_whole_batch(plain, two, n):
-    for key in ("loss", "clip", "sds"):
+    for key in ("loss", "clip", "sds", "grad_norm"):
         assert runs.relative(runs.losses(two[f"z{n}"], key), runs.losses(plain["base"], key)) < EQUAL
+    both = two[f"z{n}"], plain["base"]
+    ours, theirs = ([{key: v for key, v in row.items() if "/" in key} for row in runs.rows(run)] for run in both)
+    assert [list(row) for row in ours] == [list(row) for row in theirs] and all(len(row) > 8 for row in ours)
+    values = ([value for row in of for value in row.values()] for of in (ours, theirs))
+    assert runs.relative(*values) < EQUAL
 
 
 @pytest.mark.parametrize("n", STAGES)
 def test_one_rank_is_plain_torch(plain, one, n):
-    assert runs.relative(runs.losses(one[f"z{n}"]), runs.losses(plain["base"])) < EQUAL
+    for key in ("loss", "grad_norm"):
+        assert runs.relative(runs.losses(one[f"z{n}"], key), runs.losses(plain["base"], key)) < EQUAL
+    assert all(row["grad_norm"] > 0 for row in runs.rows(one[f"half{n}"]))
 
 
 def test_the_losses_move(plain):
@@ -100,7 +107,7 @@ def test_the_losses_move(plain):
     assert abs(runs.losses(plain["base"], "clip")[-1] - runs.losses(plain["base"], "clip")[0]) > 0.05
 
 
-@pytest.mark.parametrize("key", ["loss", "clip", "sds", "rho", "cosine"])
+@pytest.mark.parametrize("key", ["loss", "clip", "sds", "rho", "cosine", "grad_norm"])
 def test_fully_partitioned_parameters(plain, two, key):
     assert runs.relative(runs.losses(two["tight"], key), runs.losses(plain["base"], key)) < EQUAL
 
@@ -110,6 +117,14 @@ def test_lambda_auto_and_the_controls_do_not_see_the_ranks(plain, two):
         ours, theirs = ([row[key] for row in runs.rows(run["auto"]) if key in row] for run in (two, plain))
         assert runs.relative(ours, theirs) < EQUAL
     assert len({row["lambda"] for row in runs.rows(plain["auto"]) if "lambda" in row}) > 1
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_what_two_ranks_trained_leaves_the_house(two, tmp_path, to):
+    from fastsds import cli
+
+    assert cli.main(["export", str(two["tight"]), "--to", to, "--out", str(tmp_path / "out")]) == 0  # compared in there
+    assert "ZeRO 3 on 2 rank(s)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_two_ranks_share_a_bank_and_make_its_next_targets_together(plain, two):

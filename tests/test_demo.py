@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastsds import comparison, demo, jobs, report
+from fastsds import comparison, demo, figures, jobs, report
 from fastsds.config import ConfigError, load_recipe
 from fastsds.jobs import Job
+from fastsds.provenance import provenance
 
 # Tables and words.
 
@@ -66,7 +67,7 @@ def test_first_line_says_what_differs():
 
 
 def test_provenance():
-    source = report.provenance()
+    source = provenance()
     assert set(source) == {"commit", "versions", "machine"} and "cores" in source["machine"]
     assert source["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
@@ -114,12 +115,12 @@ def test_picture(tmp_path):
         arm: {"loss": [(20, 2.0), (40, 1.0)], "held out": [(0, 50.0), (40, 70.0)], "seen": []}
         for arm in ("L_CLIP", "L_CLIP + L_SDS")
     }
-    report.picture(tmp_path / "demo.png", shown, curves, "title")
+    figures.picture(tmp_path / "demo.png", shown, curves, "title")
     image = np.asarray(Image.open(tmp_path / "demo.png").convert("RGB"))
     assert min(image.shape[:2]) > 400 and image.std() > 20
     for item in shown:
         item["decoded"] = None
-    report.picture(tmp_path / "other.png", shown, curves, "title")
+    figures.picture(tmp_path / "other.png", shown, curves, "title")
     assert Image.open(tmp_path / "other.png").height < image.shape[0]
 
 

@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "durable", "config", "weights", "hub", "testing"),
+    ("quiet", "progress", "provenance", "durable", "config", "weights", "hub", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),
@@ -14,9 +14,11 @@ FLOORS = (
     ("recipes",),
     ("world",),
     ("evaluation",),
-    ("optimizer", "metrics", "engine", "jobs"),
+    ("optimizer", "metrics", "profiling", "engine", "jobs"),
+    ("history",),
+    ("figures",),
     ("sharding", "checkpoint", "report"),
-    ("train", "comparison"),
+    ("train", "comparison", "export"),
     ("demo",),
     ("cli",),
 )

@@ -231,7 +231,9 @@ def test_cli(python):
     done = python("-m", "fastsds.cli", "--help")
     assert done.returncode == 0 and "demo" in done.stdout
     done = python("-m", "fastsds.cli", "deom")
-    assert done.returncode == 2 and done.stderr == "error: unknown command 'deom'; expected one of bank, demo, train\n"
+    from fastsds.cli import COMMANDS
+
+    assert done.returncode == 2 and done.stderr == f"error: unknown command 'deom'; expected one of {', '.join(COMMANDS)}\n"
     assert python("-m", "fastsds.cli").returncode == 2
 
 

@@ -1,6 +1,11 @@
 """The README's tables are the files under docs/results, word for word, and its links lead somewhere."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 BLOCKS = {"demo": "docs/results/demo/table.md", "seeds": "docs/results/seeds/table.md", "bank": "docs/results/bank/table.md"}
 
@@ -17,3 +22,17 @@ def test_tables_are_the_files(root):
 def test_links_lead_somewhere(root):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (root / "README.md").read_text(encoding="utf-8")):
         assert (root / target).exists(), target
+
+
+def test_the_photographs_of_the_readme_train_and_leave_the_house(root, tmp_path):
+    """Its block, word for word, in an empty folder, in a shell whose path has the environment's programs first."""
+    block = re.search(r"<!-- photographs -->\n```\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path}
+    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "photos" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 50 and rows[-1]["clip"] < rows[0]["clip"]
+    assert not (tmp_path / "runs" / "photos" / "skipped.jsonl").exists()
+    assert {"curves.png", "residuals.png"} <= {file.name for file in (tmp_path / "photos-report").iterdir()}
+    assert {"model.safetensors", "config.json", "README.md"} <= {file.name for file in (tmp_path / "photos-clip").iterdir()}

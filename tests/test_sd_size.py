@@ -86,7 +86,7 @@ def main(folder: Path) -> dict:
     import torch
 
     from fastsds.config import DataConfig, LossConfig
-    from fastsds.data.sampler import load_batch
+    from fastsds.data.loader import Loader
     from fastsds.data.sources import open_source
     from fastsds.recipes.sds_clip import SDSCLIP
     from fastsds.student import apply_tuning, load_student
@@ -95,12 +95,11 @@ def main(folder: Path) -> dict:
     before = [p.sum(dtype=torch.float64).item() for p in teacher.parameters()]
     student = load_student("ViT-B-32", None, teacher.latent_shape)
     trained = apply_tuning(student, "layernorm")
-    source = open_source(DataConfig(source=str(photographs(folder))), student.image_size, 0)
+    source = open_source(DataConfig(source=str(photographs(folder))))
+    batches = Loader(source, batch=1, streams=1, seed=0, image_size=student.image_size, tokenize=student.tokenize)
     found = {"unet": sum(p.numel() for p in teacher.unet.parameters()), "latents": teacher.latent_shape}
     for step, gradient in enumerate(("full", "sds")):
-        batch = load_batch(
-            source, step, 0, batch=1, accumulation=1, seed=0, image_size=student.image_size, tokenize=student.tokenize
-        )
+        batch, _ = next(batches)
         recipe = SDSCLIP(replace(LossConfig(), gradient=gradient), teacher, seed=0, head=student.head)
         start = time.perf_counter()
         losses = recipe(student(batch.pixels, batch.student_tokens), batch, step)

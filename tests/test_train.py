@@ -86,11 +86,12 @@ def test_images_for_a_vae_that_only_the_head_asked_are_not_loaded_for_the_run(tm
     from fastsds.world.scenes import WorldSource
 
     loaded, load = [], WorldSource.load
-    monkeypatch.setattr(WorldSource, "load", lambda self, *args: loaded.append(args[-1]) or load(self, *args))
+    monkeypatch.setattr(WorldSource, "load", lambda self, *args: loaded.append(args[2:]) or load(self, *args))
     tiny.save_teacher(tmp_path / "teacher")  # takes 16x16 images, the world's student 32x32
-    argv = runs.sets("steps=2", "head.init=ridge", "head.samples=64", f"teacher.path={tmp_path / 'teacher'}", "eval.suite=none")
+    argv = runs.sets("steps=2", "head.init=ridge", "head.samples=56", f"teacher.path={tmp_path / 'teacher'}", "eval.suite=none")
     assert runs.train(*argv, "--output", tmp_path / "run") == 0
-    assert loaded == [32, 16] * 2 + [32] * 4  # two batches of 32 for the head, four for the run
+    # two batches of 32 for the head (56 images and 7 to judge it), four for the run
+    assert loaded == [(32, 16)] * 2 + [(32, None)] * 4
 
 
 def test_photographs_train_with_the_embedded_teacher_and_student(tmp_path):
@@ -183,9 +184,10 @@ def test_evaluation_at_the_start_at_intervals_and_at_the_end(tmp_path):
 
 def test_rows_hold_what_the_readme_says(base, tmp_path):
     assert runs.train(*base, *runs.sets("steps=2"), "--output", tmp_path / "run") == 0
-    keys = {"split", "step", "loss", "clip", "sds", "lambda", "rho", "cosine", "lr", "images_per_s", "seconds"}
+    keys = {"split", "step", "loss", "clip", "sds", "lambda", "rho", "cosine", "grad_norm", "lr", "images_per_s", "seconds"}
     for row in runs.rows(tmp_path / "run"):
-        assert set(row) == keys
+        bands = {key for key in row if key.startswith(("residual/", "weighted/"))}
+        assert set(row) - bands == keys and 2 <= len(bands) <= 16
         assert row["loss"] == pytest.approx(row["clip"] + row["lambda"] * row["sds"], rel=1e-5)
 
 

@@ -3,7 +3,7 @@
     S(c, i) = - mean over draws k of  mean over elements of (eps_hat(z_i,t_k, t_k, c) - eps_k)^2,
     z_i,t   = sqrt(abar_t) z_i + sqrt(1 - abar_t) eps
 
-Unweighted, guidance 1. All four pairs of an item share every (t_k, eps_k), so that noise cancels from their comparison;
+Unweighted, guidance 1. All pairs of an item share every (t_k, eps_k), so that noise cancels from their comparison;
 they depend on (seed, item id, k) alone. The draws of t are stratified: one in each of `draws` equal parts of the range.
 """
 
@@ -44,7 +44,7 @@ def diffusion_scores(
         raise ValueError(f"latents: shape {(n, 2, *shape)} expected, got {tuple(latents.shape)}")
     if draws < 1:
         raise ValueError(f"draws: at least 1 expected, got {draws}")
-    first, last = timestep_range(teacher.alphas_cumprod, t_range)
+    span = timestep_range(teacher.alphas_cumprod, t_range)
     ids = torch.arange(n) if ids is None else ids
     scores = np.zeros((n, 2, 2))
     step = max(1, batch // 4)
@@ -56,22 +56,35 @@ def diffusion_scores(
             z = latents[rows].to(teacher.device, torch.float32)
         text = teacher.embed([c for pair in items.captions[rows] for c in pair]).unflatten(0, (-1, 2))
         for k in range(draws):
-            found = _scores(teacher, z, text, ids[rows].to(teacher.device), k, draws, (first, last), seed)
-            scores[rows] += found.double().cpu().numpy() / draws
+            t, eps = timesteps_and_noise(teacher, ids[rows].to(teacher.device), k, span, k, draws, seed)
+            scores[rows] += pair_scores(teacher, z, text, t, eps).double().cpu().numpy() / draws
     return scores
 
 
-def _scores(teacher, z, text, ids, k: int, draws: int, span: tuple[int, int], seed: int) -> torch.Tensor:
-    """The scores of draw k. Shapes: z [b, 2, C, h, w], text [b, 2, L, D] -> [b, 2 captions, 2 images]."""
-    b, (first, last) = len(z), span
-    u = ops.Noise(seed, ops.draw(ops.Purpose.TIMESTEP, k), ids).uniform(1)[:, 0].double()  # in (0, 1]
-    t = (first + (k + 1 - u) / draws * (last - first)).long().clamp(first, last - 1)
-    eps = ops.Noise(seed, ops.draw(ops.Purpose.NOISE, k), ids).normal(teacher.latent_shape)
+def timesteps_and_noise(
+    teacher, ids: torch.Tensor, visit: int, span: tuple[int, int], part: int = 0, parts: int = 1, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One (t, eps) an item, from (seed, id, visit) alone: t in the part-th of `parts` equal parts of the timesteps in span.
 
-    def pairs(x, of: str):  # [b, 2, ...] or [b, ...] -> [4 b, ...], over (item, caption, image)
-        x = {"caption": lambda: x[:, :, None], "image": lambda: x[:, None], "item": lambda: x[:, None, None]}[of]()
-        return x.expand(b, 2, 2, *x.shape[3:]).flatten(0, 2)
+    Shapes: ids int64 [b] -> int64 [b], fp32 [b, C, h, w]. Args: span: half-open.
+    """
+    first, last = span
+    u = ops.Noise(seed, ops.draw(ops.Purpose.TIMESTEP, visit), ids).uniform(1)[:, 0].double()  # in (0, 1]
+    t = (first + (part + 1 - u) / parts * (last - first)).long().clamp(first, last - 1)
+    return t, ops.Noise(seed, ops.draw(ops.Purpose.NOISE, visit), ids).normal(teacher.latent_shape)
 
-    t_all, eps_all = pairs(t, "item"), pairs(eps, "item")
-    found = teacher.score(pairs(z, "image").contiguous(), t_all, eps_all.contiguous(), pairs(text, "caption"))
-    return found.unflatten(0, (b, 2, 2))
+
+@torch.no_grad()
+def pair_scores(teacher, z: torch.Tensor, text: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """One term of S for every caption with every latent of an item, at the item's one (t, eps).
+
+    Shapes: z [b, I, C, h, w], text [b, K, L, D], t [b], eps [b, C, h, w] -> fp32 [b, K captions, I latents].
+    """
+    (b, latents), captions = z.shape[:2], text.shape[1]
+
+    def pairs(x, of: str):  # [b, I or K, ...] or [b, ...] -> [b K I, ...], over (item, caption, latent)
+        x = {"caption": lambda: x[:, :, None], "latent": lambda: x[:, None], "item": lambda: x[:, None, None]}[of]()
+        return x.expand(b, captions, latents, *x.shape[3:]).flatten(0, 2)
+
+    z, t, eps, text = pairs(z, "latent"), pairs(t, "item"), pairs(eps, "item"), pairs(text, "caption")
+    return teacher.score(z.contiguous(), t, eps.contiguous(), text).unflatten(0, (b, captions, latents))

@@ -21,6 +21,7 @@ NAMES = ("text", "image", "group", "swap", *(f"swap_{kind}" for kind in KINDS), 
 SUITES = {"world_dev": ("seen", "dev"), "world_test": ("seen", "test")}
 SEEDS = {"world_dev": 1_000_000, "world_test": 2_000_000}  # so that both have "seen" scenes of their own
 GALLERIES, CANDIDATES = 3, 100
+PAIRS = GALLERIES * CANDIDATES  # that retrieval is asked about
 
 
 def splits(suite: str) -> tuple[str, str]:
@@ -80,11 +81,18 @@ def first_of_each_kind(items: SwapItems, n: int) -> SwapItems:
 
 def swap_metrics(scores, kinds: list[str]) -> dict[str, float]:
     """text, image, group, swap and swap by kind, in percent. Shapes: scores [N, 2, 2], kinds [N]."""
+    return {name: 100 * float(shares.mean()) for name, shares in _shares(scores, np.array(kinds)).items()}
+
+
+def outcomes(rows: list[dict], split: str) -> dict[str, np.ndarray]:
+    """Each item's outcome in percent, by metric, from `evaluate`'s rows; in the order of the items' ids."""
+    return {name: 100.0 * shares for name, shares in _shares(*scores_of(rows, split)).items()}
+
+
+def _shares(scores, kinds: np.ndarray) -> dict[str, np.ndarray]:
     outcome, swap = winoground(scores), swap_accuracy(scores)
-    metrics = {name: 100 * float(getattr(outcome, name).mean()) for name in outcome._fields}
-    metrics["swap"] = 100 * float(swap.mean())
-    of = np.array(kinds)
-    return metrics | {f"swap_{kind}": 100 * float(swap[of == kind].mean()) for kind in KINDS if (of == kind).any()}
+    by_kind = {f"swap_{kind}": swap[kinds == kind] for kind in KINDS if (kinds == kind).any()}
+    return {**outcome._asdict(), "swap": swap, **by_kind}
 
 
 def scores_of(rows: list[dict], split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from fastsds import config, ops
 from fastsds.config import ConfigError, Recipe
 from fastsds.data import Samples
 from fastsds.progress import Line, clock
-from fastsds.schedule import timestep_range
+from fastsds.schedule import level_range, timestep_range
 from fastsds.teacher.loading import fingerprint
 from fastsds.teacher.model import Teacher
 from fastsds.teacher.shards import INDEX, Shards, check_same
@@ -46,13 +46,13 @@ class Bank:
     def __init__(self, recipe: Recipe):
         self.folder, self.settings, amortised = Path(recipe.bank.path), recipe.bank, recipe.loss.gradient == "amortised"
         self.refreshed = Path(recipe.output) / "bank"
-        self.read = self.targets if amortised else self.texts
+        self.read = self.targets if amortised else self.latents if recipe.loss.gradient == "latents" else self.texts
         if not (self.folder / CACHE).is_dir():
             raise ConfigError(f"bank.path: {self.folder} holds no bank; `fastsds bank build` with the same recipe makes it")
         self.cache = Shards.open(self.folder / CACHE)
         wanted = _asked(recipe) if amortised else {"teacher": fingerprint(recipe.teacher.path)}
         check_same(self.folder, self.cache.about, {**self.cache.about, **wanted})
-        self.latent_shape = tuple(self.cache.about["latent_shape"])
+        self.latent_shape, self.log_snr = (tuple(self.cache.about.get(name, ())) for name in ("latent_shape", "log_snr"))
         self._generations: dict[int, Shards] = {}
 
     def attach(self, source, teacher: Teacher | None = None, rank: int = 0, world: int = 1) -> None:
@@ -61,7 +61,7 @@ class Bank:
         Args: teacher: with its UNet, where `refresh_every` asks for new targets; else None. rank, world: who shares that work.
         Raises: ConfigError if the bank is of other data, or not whole.
         """
-        check_same(self.folder, self.cache.about, {**self.cache.about, "data": source.identity()})
+        check_same(self.folder, self.cache.about, {**self.cache.about, "data": _identity(source)})
         self.teacher, self.rank, self.world = teacher, rank, world
         if self.cache.missing():
             raise self._unfinished(CACHE)
@@ -79,20 +79,23 @@ class Bank:
         Shapes: ids, visits [b] -> targets fp16 [b, C, h, w], abar fp32 [b].
         Raises: ConfigError if an image or a caption is not the one that its targets were made for.
         """
-        self._check(ids, samples)
+        rows = self._rows(samples)
         every, draws = self.settings.refresh_every, self.settings.draws
         generation = visits // every if every else torch.zeros_like(visits)
         column = (visits - generation * every) % draws
-        x0hat, abar = torch.empty(len(ids), *self.latent_shape, dtype=torch.float16), torch.empty(len(ids))
+        x0hat, abar = torch.empty(len(rows), *self.latent_shape, dtype=torch.float16), torch.empty(len(rows))
         for g in generation.unique().tolist():
             of, shards = generation == g, self._generation(g)
-            x0hat[of], abar[of] = (shards.read(name, ids[of], column[of]) for name in ("x0hat", "abar"))
+            x0hat[of], abar[of] = (shards.read(name, rows[of], column[of]) for name in ("x0hat", "abar"))
         return {"targets": x0hat, "abar": abar}
 
     def texts(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples) -> dict[str, torch.Tensor]:
         """The captions' text embeddings. Shapes: ids [b] -> text fp16 [b, L, D]. Raises: as `targets`."""
-        self._check(ids, samples)
-        return {"text": self.cache.read("text", ids)}
+        return {"text": self.cache.read("text", self._rows(samples))}
+
+    def latents(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples) -> dict[str, torch.Tensor]:
+        """The images' latents. Shapes: ids [b] -> latents fp16 [b, C, h, w]. Raises: as `targets`."""
+        return {"latents": self.cache.read("latent", self._rows(samples))}
 
     def close(self) -> None:
         """Delete the targets that the run made for itself."""
@@ -105,13 +108,14 @@ class Bank:
         if g > 0:  # generation 0 is the bank's, wherever that lies
             shutil.rmtree(_generation_folder(self.refreshed, g), ignore_errors=True)
 
-    def _check(self, ids: torch.Tensor, samples: Samples) -> None:
-        other = (self.cache.read("pair", ids) != samples.digests).nonzero().flatten().tolist()
+    def _rows(self, samples: Samples) -> torch.Tensor:
+        other = (self.cache.read("pair", samples.rows) != samples.digests).nonzero().flatten().tolist()
         if other:
             raise ConfigError(
-                f"bank {self.folder}: sample {int(ids[other[0]])}, {samples.captions[other[0]]!r}, has another image or "
+                f"bank {self.folder}: pair {int(samples.rows[other[0]])}, {samples.captions[other[0]]!r}, has another image or "
                 "caption than was asked about; build a bank of this data"
             )
+        return samples.rows
 
     def _generation(self, g: int) -> Shards:
         if g not in self._generations:
@@ -144,24 +148,40 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
     except ValueError as error:
         raise ConfigError(f"loss: {error}") from error
     about = {
-        **_asked(recipe), "data": source.identity(), "latent_shape": list(teacher.latent_shape),
+        **_asked(recipe), "data": _identity(source), "latent_shape": list(teacher.latent_shape),
         "prediction_type": teacher.prediction_type, "dtype": str(teacher.dtype).removeprefix("torch."), "chunk": chunk,
-        "timesteps": timesteps,
+        "timesteps": timesteps, "log_snr": level_range(teacher.alphas_cumprod, *timesteps),
     }  # fmt: skip
     a_row = 2 * recipe.bank.draws * torch.Size(teacher.latent_shape).numel()
-    size = max(1, min(SHARD_BYTES // (a_row * chunk), len(source) // (SHARDS * chunk))) * chunk
-    cache = Shards.plan(folder / CACHE, about, len(source), size)
+    size = max(1, min(SHARD_BYTES // (a_row * chunk), source.rows // (SHARDS * chunk))) * chunk
+    cache = Shards.plan(folder / CACHE, about, source.rows, size)
+    damaged: dict[int, str] = {}
 
-    def ask(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        samples = source.load(ids, torch.zeros_like(ids), teacher.image_size)
+    def ask(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        samples = source.load_rows(rows, teacher.image_size)  # a damaged one keeps its place; training passes over it, too
+        damaged.update({int(rows[k]): why for k, why in samples.damaged.items()})
+        if len(damaged) > recipe.data.max_skipped * source.rows:
+            shown = "".join(f"\n  {why}" for _, why in sorted(damaged.items())[:10])
+            raise ConfigError(
+                f"data.max_skipped is {recipe.data.max_skipped}, and {len(damaged)} of {source.rows:,} pairs cannot be used:"
+                + shown
+            )
         latent, text = teacher.encode(samples.pixels).half(), teacher.embed(samples.captions).half()
         return {"latent": latent, "text": text, "pair": samples.digests}
 
     if rank == 0:
         _announce(folder, cache, ask, teacher, a_row, world)
-    cache = Shards.create(folder / CACHE, about, len(source), size)
+    cache = Shards.create(folder / CACHE, about, source.rows, size)
     _fill(cache, ask, "latents and captions", rank, world)
+    if damaged:
+        print(f"bank: {len(damaged)} pairs cannot be used, and training will pass over them, too", flush=True)
     fill_generation(folder, cache, teacher, 0, rank, world)
+
+
+def _identity(source) -> str:
+    if not hasattr(source, "__len__"):
+        raise ConfigError("bank.path: this data.source can be read in its own order alone; expected data on disk")
+    return source.identity()
 
 
 def fill_generation(folder: Path, cache: Shards, teacher: Teacher, g: int, rank: int = 0, world: int = 1) -> None:
@@ -277,7 +297,7 @@ def main(argv: list[str]) -> int:
     rank, world, _ = ranks()
     teacher = Teacher.of(recipe, device())
     try:
-        build(recipe, teacher, open_source(recipe.data, teacher.image_size, recipe.seed), rank, world)
+        build(recipe, teacher, open_source(recipe.data, recipe.seed), rank, world)
     except KeyboardInterrupt:
         print("\nstopped; whole shards are kept, and the same command goes on", file=sys.stderr)
         return 130

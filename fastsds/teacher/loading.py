@@ -146,7 +146,10 @@ def _fetch(name: str, parts: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:
-        raise ConfigError(f"teacher.path {name}: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(
+            f"teacher.path {name}: not whole on this disk, and it cannot be fetched ({str(error).strip().splitlines()[0]}); "
+            "connect, or name a local folder or .safetensors file"
+        ) from error
 
 
 def _patterns(parts: tuple[str, ...]) -> tuple[list[str], list[str]]:

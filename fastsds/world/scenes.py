@@ -10,7 +10,7 @@ from itertools import combinations
 
 import torch
 
-from fastsds.data import Samples, SwapItems, digest
+from fastsds.data import Samples, Source, SwapItems, digest, pair_digest
 from fastsds.ops import Noise, Purpose, draw
 
 SIZE = 32
@@ -151,7 +151,7 @@ def _resize(pixels: torch.Tensor, size: int | None) -> torch.Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-class WorldSource:
+class WorldSource(Source):
     """Captioned scenes of one split: an endless, seekable stream, or the first `length` of it as a data set.
 
     Sample i's content is drawn so that contents are distinct within aligned runs of 32 samples, as no real
@@ -180,14 +180,17 @@ class WorldSource:
         content = self.contents[order[inverse, ids % CHUNK]]
         return _scenes(content, Noise(self.seed, _RENDERED, ids).uniform(16))
 
-    def load(self, ids: torch.Tensor, visits: torch.Tensor | None = None, size: int | None = None) -> Samples:
+    def load(
+        self, ids: torch.Tensor, visits: torch.Tensor | None = None, size: int | None = None, second: int | None = None
+    ) -> Samples:
         """Render samples. Shapes: ids [N] -> pixels uint8 [N, 3, size, size]; negatives: colours exchanged."""
         scenes = self.scenes(ids)
         kinds = [scenes.swapped(kind).captions() for kind in KINDS]
         negatives = [kinds[i % 3][row] for row, i in enumerate(ids.tolist())]
         pixels, captions = render(scenes, self.seed, ids), scenes.captions()
-        digests = [digest(image.numpy().tobytes(), said) for image, said in zip(pixels, captions, strict=True)]
-        return Samples(_resize(pixels, size), captions, negatives, torch.tensor(digests))
+        digests = [pair_digest(digest(image.numpy().tobytes()), said) for image, said in zip(pixels, captions, strict=True)]
+        other = None if second is None else _resize(pixels, second)
+        return Samples(_resize(pixels, size), captions, negatives, torch.tensor(digests), ids, other)
 
 
 def swap_items(split: str, per_kind: int = 300, seed: int = 0) -> SwapItems:

@@ -1,0 +1,158 @@
+"""Photographs with captions, whatever the format that lists them; and how an image becomes pixels."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+
+import torch
+
+from fastsds.config import ConfigError
+from fastsds.data import Samples, Source, digest, pair_digest
+from fastsds.ops import Noise, Purpose, draw
+
+
+@dataclass
+class Listing:
+    """What a format's file says: n images, and how to read one.
+
+    names: what an error calls each image, and part of what the data are; captions: one tuple an image, empty where they are
+    missing; sizes: bytes; read(i): the image's file as bytes (OSError where it cannot). damaged: i -> what is wrong with it.
+    """
+
+    names: list[str]
+    captions: list[tuple[str, ...]]
+    sizes: list[int]
+    read: Callable[[int], bytes]
+    damaged: dict[int, str] = field(default_factory=dict)
+
+    def first(self, n: int | None) -> "Listing":
+        """The first n of them."""
+        damaged = {i: why for i, why in self.damaged.items() if n is None or i < n}
+        return Listing(self.names[:n], self.captions[:n], self.sizes[:n], self.read, damaged)
+
+
+class Images(Source):
+    """The images of a listing, decoded to RGB: shorter side resized to `size` (bicubic), cut to the centre square, as
+    open_clip's evaluation transform does.
+
+    Args:
+        caption: of an image with several, "random": one drawn for each visit from (seed, image, visit), or "first".
+        workers: threads that decode; 0 decodes in the caller's. cache: a `cache.PixelCache`, or None.
+    """
+
+    def __init__(self, listing: Listing, caption: str = "random", seed: int = 0, workers: int = 0, cache=None):
+        self.listing, self.seed, self.cache = listing, seed, cache
+        self.captions = [said[:1] if caption == "first" else said for said in listing.captions]
+        counts = torch.tensor([max(1, len(said)) for said in self.captions])  # an image without one has a row, too
+        self.first_row = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def rows(self) -> int:
+        return int(self.first_row[-1])
+
+    def identity(self) -> str:
+        """Names, sizes in bytes and captions, in order."""
+        return _digest(zip(self.listing.names, self.listing.sizes, self.captions, strict=True))
+
+    def images_identity(self) -> str:
+        """Names and sizes alone: what a cache of pixels is of."""
+        return _digest(zip(self.listing.names, self.listing.sizes, strict=True))
+
+    def load(self, ids: torch.Tensor, visits: torch.Tensor, size: int, second: int | None = None) -> Samples:
+        counts = self.first_row[ids + 1] - self.first_row[ids]
+        u = Noise(self.seed, draw(Purpose.CAPTION, visits), ids).uniform(1)[:, 0].double()  # in (0, 1]
+        return self._load(ids, ((u * counts).ceil().long() - 1).clamp(min=0), size, second)
+
+    def load_rows(self, rows: torch.Tensor, size: int) -> Samples:
+        ids = torch.searchsorted(self.first_row, rows, right=True) - 1
+        return self._load(ids, rows - self.first_row[ids], size, None)
+
+    def _load(self, ids: torch.Tensor, choices: torch.Tensor, size: int, second: int | None) -> Samples:
+        sizes = [size] if second is None else [size, second]
+        decode = self._pool.map if self._pool is not None else map
+        rows = [int(i) for i in ids]
+        said = [self.captions[i][k] if self.captions[i] else "" for i, k in zip(rows, choices.tolist(), strict=True)]
+        found, damaged = [], {}
+        for row, answer in enumerate(decode(lambda i: self._pixels(i, sizes), rows)):
+            if isinstance(answer, str):
+                damaged[row] = answer
+                answer = (0, [torch.zeros(3, s, s, dtype=torch.uint8) for s in sizes])
+            elif not said[row]:
+                damaged[row] = f"{self.listing.names[rows[row]]}: no caption"
+            found.append(answer)
+        digests = torch.tensor([pair_digest(image, text) for (image, _), text in zip(found, said, strict=True)])
+        pixels = [torch.stack(column) for column in zip(*(pixels for _, pixels in found), strict=True)]
+        return Samples(
+            pixels[0], said, digests=digests, rows=self.first_row[ids] + choices, damaged=damaged,
+            second=pixels[1] if second is not None else None,
+        )  # fmt: skip
+
+    def _pixels(self, i: int, sizes: list[int]) -> tuple[int, list[torch.Tensor]] | str:
+        """An image's digest, and its pixels at each size; or why there are none."""
+        name = self.listing.names[i]
+        if i in self.listing.damaged:
+            return f"{name}: {self.listing.damaged[i]}"
+        if self.cache is not None and (kept := self.cache.get(i, sizes)) is not None:
+            return kept
+        try:
+            content = self.listing.read(i)
+            pixels = decode_image(content, sizes)
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        except ValueError as error:
+            return f"{name}: {error}"
+        if self.cache is not None:
+            self.cache.put(i, sizes, digest(content), pixels)
+        return digest(content), pixels
+
+
+def check_damage(listing: Listing, max_skipped: float, what: str) -> None:
+    """Raise ConfigError where more is known to be damaged than may be skipped. what: the file that lists them."""
+    if not listing.names:
+        raise ConfigError(f"{what}: no images with captions in it")
+    bad = {i: "no caption" for i, said in enumerate(listing.captions) if not said} | listing.damaged
+    if len(bad) > max_skipped * len(listing.names):
+        shown = "".join(f"\n  {listing.names[i]}: {why}" for i, why in sorted(bad.items())[:10])
+        raise ConfigError(
+            f"{what}: {len(bad)} of {len(listing.names):,} images cannot be used, more than data.max_skipped {max_skipped}:"
+            f"{shown}" + "\n  ..." * (len(bad) > 10)
+        )
+
+
+def decode_image(content: bytes, sizes: list[int]) -> list[torch.Tensor]:
+    """Decode an image file. Returns uint8 [3, size, size] for each size. Raises: ValueError if it is not a whole image."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content)) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable image ({str(error).partition(' <')[0]})") from error
+    return [torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous() for size in sizes]
+
+
+def _square(image, size: int):
+    from PIL import Image
+
+    width, height = image.size
+    if width <= height:
+        resized = (size, max(size, int(size * height / width)))
+    else:
+        resized = (max(size, int(size * width / height)), size)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _digest(rows) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        found.update(repr(row).encode())
+    return found.hexdigest()

@@ -1,0 +1,55 @@
+"""open_clip's table: tab-separated, with the columns `filepath` and `title`, one image and one caption a row."""
+
+import csv
+from pathlib import Path
+
+from fastsds.config import ConfigError
+from fastsds.data.images import Listing
+
+COLUMNS = ("filepath", "title")
+
+
+def read_tsv(path: Path, images: Path | None = None) -> Listing:
+    """Rows that name one file are one image with several captions. Paths are relative to `images`, or to the table's folder.
+
+    Raises: ConfigError that names file, row and column.
+    """
+    folder = path.parent if images is None else images
+    said: dict[str, list[str]] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t", strict=True)
+            header = next(reader, [])
+            if missing := [c for c in COLUMNS if header.count(c) != 1]:
+                raise ConfigError(
+                    f"{path}: row 1: column {missing[0]} expected once in a tab-separated header `filepath<TAB>title`, "
+                    f"found {header}"
+                )
+            at, title = (header.index(c) for c in COLUMNS)
+            for cells in reader:
+                if not cells:
+                    continue
+                row = f"{path}: row {reader.line_num}"
+                if len(cells) != len(header):
+                    raise ConfigError(f"{row}: {len(cells)} columns, expected {len(header)} (tab-separated)")
+                if not (name := cells[at].strip()):
+                    raise ConfigError(f"{row}: column filepath is empty")
+                said.setdefault(name, [])
+                if caption := cells[title].strip():
+                    said[name].append(caption)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: not a tab-separated UTF-8 file: {error}") from error
+    return of_files(folder, said)
+
+
+def of_files(folder: Path, said: dict[str, list[str]]) -> Listing:
+    """The listing of image files. said: name, relative to the folder -> captions."""
+    names, sizes, damaged = list(said), [], {}
+    for i, name in enumerate(names):
+        try:
+            sizes.append((folder / name).stat().st_size)
+        except OSError as error:
+            sizes.append(0)
+            damaged[i] = f"{folder / name}: {error.strerror}"
+    captions = [tuple(dict.fromkeys(texts)) for texts in said.values()]
+    return Listing(names, captions, sizes, lambda i: (folder / names[i]).read_bytes(), damaged)
