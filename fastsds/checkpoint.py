@@ -1,8 +1,8 @@
 """Save and restore a run through safetensors alone, by parameter name, whole or not at all.
 
     OUTPUT/checkpoints/step_00000200/
-      student/                 an open_clip folder with the weights in fp32, and head.safetensors
-      optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state
+      student/                 a folder of the student's library with the weights in fp32, and head.safetensors
+      optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state; LoRA's factors
       rank_R.safetensors       8-bit AdamW only: rank R's state as it lies
       state.json               step, recipe, data, how it was sharded, commit, versions
 
@@ -23,14 +23,13 @@ from fastsds.config import ConfigError, Recipe, as_dict
 from fastsds.durable import sync
 from fastsds.engine import MOMENTS
 from fastsds.provenance import commit, versions
-from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
+from fastsds.student import Student, beside, lora, read_student, save_student
 
 FORMAT = 2
 KEEP = 2
-EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
 FREE = (
     "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
-    "data.workers", "data.cache", "data.max_skipped", "bank.path",
+    "data.workers", "data.cache", "data.max_skipped", "bank.path", "student.checkpoint", "student.compile",
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
     "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
@@ -88,7 +87,7 @@ def save(
     engine.barrier()
     if engine.rank == 0:
         save_student(weights, student, partial / "student")
-        extra = {EXACT: weights[EXACT], **{f"recipe.{k}": v.detach().cpu() for k, v in own.items()}}
+        extra = beside(weights) | {f"recipe.{k}": v.detach().cpu() for k, v in own.items()}
         save_file({k: v.contiguous() for k, v in {**slots, **extra}.items()}, partial / "optimizer.safetensors")
         meta = {
             "format": FORMAT,
@@ -131,13 +130,11 @@ def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
     _same_recipe(path, meta["recipe"], as_dict(recipe))
     if samples is not None and samples != meta["samples"]:
         raise ConfigError(f"--resume {path}: data.source has {samples} samples, the checkpoint saw {meta['samples']}")
-    weights = {f"clip.{k}": v for k, v in _read(path / "student" / WEIGHTS_FILE).items()}
-    if (path / "student" / HEAD_FILE).is_file():
-        weights |= {f"head.{k}": v for k, v in _read(path / "student" / HEAD_FILE).items()}
     rest = _read(path / "optimizer.safetensors")
-    if EXACT not in rest:
-        raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor {EXACT} is missing")
-    weights[EXACT] = rest.pop(EXACT)
+    exact = beside(rest)
+    if "clip.logit_scale" not in exact:
+        raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor clip.logit_scale is missing")
+    weights = read_student(path / "student") | {key: rest.pop(key) for key in exact}
     own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
     return Saved(meta["step"], meta, path, weights, torch.tensor(meta["cursors"]), rest, own)
 
@@ -154,6 +151,7 @@ def read_meta(path: Path) -> dict:
 
 def put_weights(saved: Saved, student: Student, trained: list[str]) -> None:
     """Load the weights into a student that no engine holds yet. Raises: ConfigError that names the tensor."""
+    saved.weights = lora.split(student, saved.weights, f"--resume {saved.path}")
     target = student.state_dict()
     slots = {f"{n}.{m}" for n in trained for m in MOMENTS} if saved.meta["recipe"]["optimizer"]["name"] == "adamw" else set()
     for ours, theirs in ((target, saved.weights), (slots, saved.slots)):

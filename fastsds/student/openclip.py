@@ -13,6 +13,7 @@ from fastsds.config import ConfigError
 from fastsds.hub import HUB
 from fastsds.student.head import HEAD_FILE
 from fastsds.student.model import Family
+from fastsds.weights import first_line
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -45,6 +46,19 @@ class OpenClip(Family):
         else:  # 'first', 'last' and HF towers do not look for the end token
             pooled = None
         return getattr(tower, "vocab_size", None), end, pooled
+
+    def checkpoint(self, clip: nn.Module) -> None:
+        from open_clip.modified_resnet import ModifiedResNet
+        from open_clip.timm_model import TimmModel
+
+        if isinstance(clip.visual, ModifiedResNet):
+            raise ConfigError(f"student.checkpoint: true, but open_clip's ResNets have none ({self.where}): expected false")
+        try:
+            if isinstance(clip.visual, TimmModel):  # open_clip's own call goes on without it
+                clip.visual.trunk.set_grad_checkpointing(True)
+            clip.set_grad_checkpointing(True)
+        except Exception as error:
+            raise ConfigError(f"student.checkpoint: true, but {self.where} has none: {first_line(error)}") from error
 
     def save(self, out: Path) -> None:
         config = json.loads(json.dumps(self.config))
@@ -116,7 +130,8 @@ def _folder(folder: Path, meta: bool) -> _Source:
 
 def _repository(model: str, where: str) -> _Source:
     repo = model.removeprefix(HUB)
-    snapshot = hub.fetch(repo, (CONFIG_FILE,), where).parent
+    hint = f": expected an open_clip model; transformers' are read from a folder (hf download {repo} --local-dir FOLDER)"
+    snapshot = hub.fetch(repo, (CONFIG_FILE,), where, hint).parent
     return _Source(f"local-dir:{snapshot}", model, _read_config(snapshot), lambda: hub.fetch(repo, WEIGHTS_FILES, where), True)
 
 
@@ -194,15 +209,15 @@ def _make(make: Callable, repo: str | None, file: str, fetches: bool, where: str
             return make()
     except Exception as error:  # of whatever kind: what is wrong is in the user's files
         if repo is None or Path(repo).exists():
-            raise ConfigError(f"{where}: {brief(error)}") from error
+            raise ConfigError(f"{where}: {first_line(error)}") from error
         if not fetches:
-            message = f"{where}: {repo} is not on this disk ({brief(error)}): fetch it (hf download {repo})"
+            message = f"{where}: {repo} is not on this disk ({first_line(error)}): fetch it (hf download {repo})"
             raise ConfigError(message) from error
     hub.reach(repo, file, where)
     try:
         return make()
     except Exception as error:
-        raise ConfigError(f"{where}: {HUB}{repo}: {brief(error)}") from error
+        raise ConfigError(f"{where}: {HUB}{repo}: {first_line(error)}") from error
 
 
 def _load_weights(clip: nn.Module, path: Path, where: str) -> None:
@@ -213,7 +228,7 @@ def _load_weights(clip: nn.Module, path: Path, where: str) -> None:
         with quiet.loading():
             read_into(clip, str(path))
     except Exception as error:
-        raise ConfigError(f"{where}: {path}: {_wrong(clip, path) or brief(error)}") from error
+        raise ConfigError(f"{where}: {path}: {_wrong(clip, path) or first_line(error)}") from error
 
 
 def _wrong(clip: nn.Module, path: Path) -> str | None:
@@ -226,7 +241,7 @@ def _wrong(clip: nn.Module, path: Path) -> str | None:
     except Exception as error:
         if "TorchScript" in str(error):
             return "a TorchScript archive, as OpenAI published them; expected plain weights: the tag openai has them"
-        return f"truncated or damaged, or no file of weights ({brief(error)})"
+        return f"truncated or damaged, or no file of weights ({first_line(error)})"
     if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         return "expected tensors by name, as open_clip writes them"
     if hasattr(clip, "text"):
@@ -239,11 +254,6 @@ def _wrong(clip: nn.Module, path: Path) -> str | None:
         if names:
             return f"tensor {min(names)} is {said}" + (f", as are {len(names) - 1} more" if len(names) > 1 else "")
     return None
-
-
-def brief(error: Exception) -> str:
-    """The first lines of an error, in one."""
-    return " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).split("\n")[:2])[:400]
 
 
 def _highest(tokens: torch.Tensor) -> torch.Tensor:
