@@ -1,4 +1,4 @@
-"""`fastsds plan`: what a recipe needs, before it is run: bytes of a rank, FLOP, images/s, the bank, the largest batch that fits.
+"""`fastsds plan`: what a recipe needs, before it is run: bytes of a rank, FLOP, images/s, the bank, the largest batch.
 
 Nothing is read but configurations, nothing is fetched, nothing is allocated: docs/plan.md says how each number comes about.
 """
@@ -19,6 +19,7 @@ from fastsds.plan.table import size, table
 from fastsds.progress import Line, clock
 
 PAYS = 0.05  # of the peak: what saves less hardly pays
+NAMES = {"adamw8bit": "8-bit Adam", "zero2": "ZeRO 2"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -79,7 +80,7 @@ def summary(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None)
     trained = sum(student.parameters[name] for name in student.trained)
     found = {
         "engine": f"{engine.name} on {engine.ranks} rank(s), {recipe.precision}, {recipe.optimizer.name}",
-        "batch": {"contrastive": batch, "a_rank": mine, "accumulation": recipe.data.accumulation, "teacher_at_a_time": micro or mine},
+        "batch": {"contrastive": batch, "a_rank": mine, "accumulation": recipe.data.accumulation, "at_a_time": micro or mine},
         "parameters": {
             "student": sum(student.parameters.values()), "trained": trained, "head": planner.head_elements,
             **({f"teacher_{part}": teacher.parameters[part] for part in planner.loaded}),
@@ -138,7 +139,7 @@ def notes(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None, s
     if planner.teacher is not None and planner.teacher.assumed:
         said.append(f"teacher {recipe.teacher.path} is not on this disk: the sizes of Stable Diffusion 1.x are assumed")
     words = [
-        f"{'8-bit Adam' if name == 'adamw8bit' else 'ZeRO 2'} saves {size(s['bytes'])}, {100 * s['of_peak']:.1f} % of the peak: "
+        f"{NAMES[name]} saves {size(s['bytes'])}, {100 * s['of_peak']:.1f} % of the peak: "
         + ("it pays" if s["of_peak"] >= PAYS else "it hardly pays")
         for name, s in saves.items()
     ]
@@ -151,8 +152,9 @@ def notes(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None, s
         )
     if deepspeed and (keys := not_counted(deepspeed, engine)):
         said.append(f"not counted: what {', '.join(keys)} of the DeepSpeed file move elsewhere")
-    if recipe.teacher.compile or recipe.teacher.cuda_graph:
-        said.append("teacher.compile and teacher.cuda_graph are not counted: the activations are those of eager torch")
+    compiled = {"teacher.compile": recipe.teacher.compile, "teacher.cuda_graph": recipe.teacher.cuda_graph}
+    if names := [name for name, on in {**compiled, "student.compile": recipe.student.compile}.items() if on]:
+        said.append(f"not counted: {', '.join(names)}; the activations are those of eager torch")
     if asked.card in CARDS and recipe.precision != "bf16" and not asked.peak_tflops:
         said.append("no images/s: a card's peak here is bf16's, and the recipe computes in fp32; give --peak-tflops")
     if planner.rows is None and planner.recipe.loss.gradient == "amortised":

@@ -1,7 +1,7 @@
 """What a module holds and computes, without memory: its own forward and backward pass on tensors that have no storage.
 
-`Live` counts the storages that are alive, and their peak, as torch makes and drops them. Under FakeTensorMode it counts what a real
-run would have, op by op; what a kernel allocates inside (a convolution's workspace) is not seen.
+`Live` counts the storages that are alive, and their peak, as torch makes and drops them. Under FakeTensorMode it counts what a
+real run would have, op by op; what a kernel allocates inside (a convolution's workspace) is not seen.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """The student and the teacher of a recipe, without their weights: how many bytes, what they hold, what they compute.
 
-Everything is measured on fake tensors of the CPU (`measure`), so nothing is read, fetched or allocated. Sizes are asked for at any
-number of images; each answer is kept.
+Everything is measured on fake tensors of the CPU (`measure`), so nothing is read, fetched or allocated. Each answer is kept.
 """
 
 import functools
@@ -85,6 +84,11 @@ class StudentSizes:
         if self.engine.grows:
             self.student.zero_grad()
         return found
+
+    def look(self, n: int) -> int:
+        """The peak of the image tower's forward pass alone, nothing kept."""
+        with self.mode, torch.no_grad():
+            return use(lambda: self.student(torch.empty(n, 3, self.image_size, self.image_size, dtype=torch.uint8))).peak
 
     def _features(self, n: int) -> StudentOutput:
         image, text = (torch.empty(rows, self.width, requires_grad=True) for rows in (n, n * self.texts))

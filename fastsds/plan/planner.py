@@ -55,7 +55,7 @@ class Planner:
         self.recipe, self.say = recipe, say
         stage = stage_of(deepspeed)
         if stage is None and ranks > 1:
-            raise ConfigError(f"--ranks is {ranks}, and plain torch has one; name a DeepSpeed file (--config configs/zero2.json)")
+            raise ConfigError(f"--ranks is {ranks}, and plain torch has one: name a DeepSpeed file (--config)")
         zero = None if stage is None else zero_section(deepspeed, stage)
         self.engine = Engine(stage, ranks, recipe.precision, recipe.optimizer.name, recipe.data.accumulation, gpu, zero)
         self.running = teacher_parts(recipe.loss, recipe.bank)
@@ -114,16 +114,16 @@ class Planner:
         return peak
 
     def phases(self, batch: int, micro: int, engine: Engine | None = None) -> Phases:
-        """Bytes at a contrastive batch over all ranks, the teacher asked about `micro` images at a time (0: a rank's whole part)."""
+        """Bytes at a contrastive batch over all ranks, the teacher asked about `micro` images at a time (0: all a rank has)."""
         engine = engine or self.engine
         mine, own = batch // engine.ranks, self.held_by(engine)
         use, contrast = self.student.use(mine), self.student.contrast(batch)
         between = own.between + sum(self.teacher_weights.values()) + self.captions + self.batch_bytes(mine)
         several = engine.accumulation > 1
-        kept = own.gathered + (own.gradients if several or engine.stage == 3 else 0)
+        kept = own.gathered + (own.gradients if several else 0)
         kept += own.bucket if several and engine.stage == 1 else 0
         forward = between + kept + use.held + contrast.held
-        diagnosed = contrast.peak + (4 * self.head_elements if engine.width < 4 else 0)  # every log_every-th step, at the embedding
+        diagnosed = contrast.peak + (4 * self.head_elements if engine.width < 4 else 0)  # in every log_every-th step
         ask = forward + max(self.asked(micro or mine), diagnosed if self.teacher else 0)
         running = between + own.gathered + own.bucket + (0 if engine.grows else own.gradients)
         late = engine.zero is None or sum(map(sum, self.student.groups)) > engine.zero.reduce_bucket_size
@@ -141,19 +141,23 @@ class Planner:
         if init == "default" or self.teacher is None:
             return 0
         peak = 4 * sum(self.student.parameters.values()) + sum(self.teacher_weights.values()) + self.batch_bytes(batch)
+        looked = self.student.look(batch) * 4 // self.engine.width
         if init == "warmup":
-            return peak + self.captions + (self.teacher.predict(micro or batch).peak if "unet" in self.loaded else 0)
+            asked = self.teacher.predict(micro or batch).peak if "unet" in self.loaded else 0
+            return peak + self.captions + max(looked, asked)
         width, outputs = self.student.width + 1, math.prod(self.teacher.latent_shape)
-        return peak + 8 * width * (width + outputs) + (self.teacher.encode(batch).peak if "vae" in self.loaded else 0)
+        asked = self.teacher.encode(batch).peak if "vae" in self.loaded else 0
+        return peak + 8 * width * (width + outputs) + max(looked, asked)
 
     # What fits.
 
     def largest_batch(self, limit: float) -> int:
         """The largest data.batch at teacher.micro_batch as it is; 0 where none fits."""
         micro = self.recipe.teacher.micro_batch
-        step = self.engine.ranks * (micro or 1)
+        step = self.engine.ranks * (micro if micro and self.recipe.loss.gradient != "amortised" else 1)
         top = min(TOP, self.rows or TOP) // step
-        return step * largest(lambda k: self.phases(k * step, micro).peak, limit, top, self.recipe.data.batch // step)
+        guess = max(1, self.recipe.data.batch // step)
+        return step * largest(lambda k: self.phases(k * step, micro).peak, limit, top, guess) if top else 0
 
     def largest_micro_batch(self, limit: float) -> int:
         """The largest teacher.micro_batch at data.batch as it is; 0 where none fits."""
@@ -224,7 +228,7 @@ def largest(peak, limit: float, top: int, guess: int) -> int:
     Interpolates between a k that fits and one that does not, and measures each k that it names.
     """
     low, at_low, high, at_high = 0, None, None, None
-    k = max(1, min(guess, top))
+    k = min(guess, top)
     while True:
         found = peak(k)
         if found <= limit:

@@ -11,8 +11,9 @@ parameter into N parts of ceil(n / N).
     ZeRO 2       w (sum t_g + F)  4 sum s_g  w S, what lies in the rank's part   a flat part a group
     ZeRO 3       w (T + F) / N    4 T / N    w T / N, always, and a bucket       a flat part a group
 
-A bucket is `reduce_bucket_size` elements (DeepSpeed's default: 500,000,000) whatever the student's size; ZeRO 2 has it during the
-backward pass. S counts parameters that lie only partly in the part as a whole. ZeRO 3 gathers weights while the student runs.
+A bucket is `reduce_bucket_size` elements (DeepSpeed's default: 500,000,000) whatever the student's size; ZeRO 2 has it during
+the backward pass. S counts parameters that lie only partly in the part as a whole. ZeRO 3 gathers weights while the student
+runs.
 """
 
 from dataclasses import dataclass
@@ -58,9 +59,8 @@ class Held:
 
     Between steps: weights, masters, moments; buffers (ZeRO 3's buckets and gradient parts, and the parameters that it never
     lets go). While the student runs, besides: gathered (weights), gradients (of the micro-steps before, kept to the last) and
-    bucket; second, of a later micro-step before it is added up; reduced, a copy on its way to the other ranks. stepping: what the
-    optimizer's step adds to what lies between steps.
-    host: on the CPU of rank 0, copies of what is frozen.
+    bucket; second, of a later micro-step before it is added up; reduced, a copy on its way to the other ranks. stepping: what
+    the optimizer's step adds to what lies between steps. host: on the CPU of rank 0, copies of what is frozen.
     """
 
     weights: int = 0

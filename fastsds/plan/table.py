@@ -18,7 +18,7 @@ ROWS = {  # of bytes_a_rank, in order
     "student_activations": "student: activations, {a_rank} images",
     "student_peak": "student: peak of forward and backward",
     "contrast": "contrastive loss, {contrastive} x {contrastive}",
-    "teacher_peak": "teacher: peak, {teacher_at_a_time} images at a time",
+    "teacher_peak": "teacher: peak, {at_a_time} images at a time",
     "optimizer_step": "optimizer: while it steps",
 }
 PHASES = {
