@@ -381,7 +381,6 @@ def test_what_is_not_on_disk_is_said_and_nothing_is_read(capsys, tmp_path):
     found = json.loads(run(capsys, "--json", "--recipe", recipe, *sets, "--samples", "118287").out)
     assert any("Stable Diffusion 1.x are assumed" in note for note in found["notes"])
     assert found["bank"]["rows"] == 118287 and found["bank"]["bytes"] == 118287 * (2 * 32768 + 4 + 77 * 768 * 2 + 8)
-    assert "hardly pays" in " ".join(found["notes"])
     assert "card" not in found and "speed" not in found
     assert not list(tmp_path.iterdir())
 

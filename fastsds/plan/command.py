@@ -19,6 +19,7 @@ from fastsds.plan.table import size, table
 from fastsds.progress import Line, clock
 
 PAYS = 0.05  # of the peak: what saves less hardly pays
+BUCKET = 50_000_000  # elements that are enough to reduce at a time
 NAMES = {"adamw8bit": "8-bit Adam", "zero2": "ZeRO 2"}
 
 
@@ -123,14 +124,18 @@ def summary(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None)
 
 
 def savings(planner: Planner, peak: int) -> dict[str, float]:
-    """Bytes that 8-bit Adam and ZeRO 2 save of the peak, against AdamW and ZeRO 0 on as many ranks."""
+    """Bytes that 8-bit Adam and ZeRO 2 (its bucket no larger than needed) save of the peak, against AdamW and ZeRO 0."""
     batch, micro, engine = planner.recipe.data.batch, planner.recipe.teacher.micro_batch, planner.engine
     of = lambda **changes: planner.phases(batch, micro, replace(engine, **changes)).peak  # noqa: E731
     found = {"adamw8bit": of(optimizer="adamw") - of(optimizer="adamw8bit")}
     if engine.ranks > 1:
-        small = engine.zero.model_copy(update={"reduce_bucket_size": sum(map(sum, planner.student.groups))})
+        small = engine.zero.model_copy(update={"reduce_bucket_size": enough(planner)})
         found["zero2"] = of(stage=0) - of(stage=2, zero=small)
     return {name: {"bytes": n, "of_peak": n / peak} for name, n in found.items()}
+
+
+def enough(planner: Planner) -> int:
+    return min(BUCKET, sum(map(sum, planner.student.groups)))
 
 
 def notes(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None, saves: dict) -> list[str]:
@@ -144,11 +149,10 @@ def notes(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None, s
         for name, s in saves.items()
     ]
     said.append("; ".join(words) + ("" if engine.ranks > 1 else "; ZeRO has nothing to share out on one rank"))
-    trained = sum(map(sum, planner.student.groups))
-    if engine.zero is not None and engine.stage > 0 and engine.zero.reduce_bucket_size > 2 * trained:
+    if engine.zero is not None and engine.stage > 0 and engine.zero.reduce_bucket_size > 2 * enough(planner):
         said.append(
             f"DeepSpeed's zero_optimization.reduce_bucket_size, {engine.zero.reduce_bucket_size:,} elements, takes "
-            f"{size(engine.width * engine.zero.reduce_bucket_size)} for {trained:,} trained ones: write {trained:,}"
+            f"{size(engine.width * engine.zero.reduce_bucket_size)} of every rank; {enough(planner):,} are enough"
         )
     if deepspeed and (keys := not_counted(deepspeed, engine)):
         said.append(f"not counted: what {', '.join(keys)} of the DeepSpeed file move elsewhere")
