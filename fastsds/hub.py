@@ -47,8 +47,8 @@ def fetch(repo: str, names: tuple[str, ...], where: str, hint: str = "") -> Path
     raise ConfigError(f"{where}: {HUB}{repo} has no {' and no '.join(names)}{hint}")
 
 
-def reach(repo: str, name: str, where: str) -> None:
-    """Raise ConfigError unless the hub answers for a file of a repository that is not on this disk."""
+def reach(repo: str, name: str, where: str, missing: str | None = None) -> None:
+    """Raise ConfigError unless the hub answers for a file of a repository. missing: what of it is not on this disk."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -62,6 +62,6 @@ def reach(repo: str, name: str, where: str) -> None:
         off = isinstance(error, OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if off else f"the hub cannot be reached ({first_line(error)})"
         raise ConfigError(
-            f"{where}: {name} of {HUB}{repo} is not on this disk, and {why}: fetch it where there is a network "
+            f"{where}: {missing or name} of {HUB}{repo} is not on this disk, and {why}: fetch it where there is a network "
             f"(hf download {repo}), or name a local folder"
         ) from error

@@ -15,6 +15,8 @@ WAYS = {
     "auto": ("loss.lambda=auto", "loss.sds_every=2"),
     "full": ("loss.gradient=full", "loss.noised=false"),
     "layernorm": ("student.tune=layernorm",),
+    "lora": ("student.tune=lora", "student.lora.rank=3"),
+    "patterns": ("student.tune=[clip.visual.*attn*, clip.ln_final.*]",),
     "clip": ("loss.lambda=0",),
     "micro": ("loss.gradient=full", "teacher.micro_batch=4"),
     "bits": ("optimizer.name=adamw8bit",),

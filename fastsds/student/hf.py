@@ -45,7 +45,8 @@ class Transformers(Family):
         return text.vocab_size, end, lambda tokens: (tokens == text.eos_token_id).int().argmax(dim=1)
 
     def checkpoint(self, clip: nn.Module) -> None:
-        clip.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(clip, "activation_checkpointing_enable", None)  # transformers 5.17 has the other name
+        (enable or clip.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def save(self, out: Path) -> None:
         for part in self.library:

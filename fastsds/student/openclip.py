@@ -79,11 +79,12 @@ def load(model: str, pretrained: str | None, folder: Path | None, meta: bool) ->
     import open_clip
 
     where = f"student {folder or model}"
-    source = _folder(folder, meta) if folder else _repository(model, where) if model.startswith(HUB) else None
+    source = _folder(folder) if folder else _repository(model, where) if model.startswith(HUB) else None
     source = source or _listed(model.replace("/", "-"), pretrained, where, meta)
     model_cfg = source.config["model_cfg"]
     _check(model_cfg, where)
     text = model_cfg["text_cfg"]
+    weights = None if meta or source.weights is None else source.weights()
 
     def build():
         options = dict(nonscalar_logit_scale=True, precision="fp32", force_patch_dropout=0.0)
@@ -94,8 +95,8 @@ def load(model: str, pretrained: str | None, folder: Path | None, meta: bool) ->
     clip = _make(build, text.get("hf_model_name"), "config.json", source.fetches, where)
     tokenizer = None
     if not meta:
-        if source.weights is not None:
-            _load_weights(clip, source.weights(), where)
+        if weights is not None:
+            _load_weights(clip, weights, where)
         repo = None if folder else text.get("hf_tokenizer_name")
         get = lambda: open_clip.get_tokenizer(source.tokenizer)  # noqa: E731
         tokenizer = _make(get, repo, "tokenizer_config.json", source.fetches, where)
@@ -123,9 +124,9 @@ class _Source:
     preprocess: dict = field(default_factory=dict)
 
 
-def _folder(folder: Path, meta: bool) -> _Source:
+def _folder(folder: Path) -> _Source:
     name = f"local-dir:{folder}"
-    return _Source(name, name, _read_config(folder), None if meta else lambda: find_weights(folder))
+    return _Source(name, name, _read_config(folder), lambda: find_weights(folder))
 
 
 def _repository(model: str, where: str) -> _Source:
