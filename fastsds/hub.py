@@ -28,7 +28,7 @@ def fetch(repo: str, names: tuple[str, ...], where: str, hint: str = "") -> Path
     Raises: ConfigError that names what is missing and what to do; within PATIENCE where the hub does not answer.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         for name in names:
@@ -42,7 +42,9 @@ def fetch(repo: str, names: tuple[str, ...], where: str, hint: str = "") -> Path
                 return Path(hf_hub_download(repo, name))
             except EntryNotFoundError:
                 pass
-    except (HFValidationError, OSError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a name that is none, a network that breaks off, a full disk
         raise ConfigError(f"{where}: {HUB}{repo}: {first_line(error)}") from error
     raise ConfigError(f"{where}: {HUB}{repo} has no {' and no '.join(names)}{hint}")
 

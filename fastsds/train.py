@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
                 engine.close()
                 return INTERRUPTED
 
-    # The end: the student as an open_clip folder.
+    # The end: the student as a folder of its library.
     if start < recipe.steps:
         measure(recipe.steps)
         save(recipe.steps, cursors)
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
         save_student(weights, student, output / "student")
         if bank:
             bank.close()
-        metrics.note(f"done: {output / 'student'} (open_clip local-dir:), {metrics.path}")
+        metrics.note(f"done: {output / 'student'} ({student.family.loads}), {metrics.path}")
     engine.barrier()
     engine.close()
     return 0

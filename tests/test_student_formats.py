@@ -71,6 +71,13 @@ def test_features_are_the_librarys_own(folders, name):
     assert torch.unique(out.text, dim=0).shape[0] == len(CAPTIONS), "captions that differ have features that differ"
 
 
+def test_an_old_clip_configuration_pools_the_highest_token(folders, tmp_path):
+    """eos_token_id 2, as OpenAI's folders have it."""
+    folder = shutil.copytree(folders["clip"], tmp_path / "old")
+    edit("config.json", text_config={"eos_token_id": 2})(folder)
+    torch.testing.assert_close(raw_text(load_student(folder).eval()), raw_text(load_student(folders["clip"]).eval()))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_saved_loads_in_its_library_and_again_here(folders, tmp_path, name):
     student = load_student(folders[name], latent_shape=tiny.LATENT)
@@ -223,6 +230,15 @@ def test_what_is_no_file_of_weights(named, tmp_path):
         load_student("ViT-B-32", "laion2b")
 
 
+def test_a_file_takes_the_preprocessing_that_all_tags_of_its_name_agree_on(named, state, tmp_path, monkeypatch):
+    path = write(state, tmp_path / "w.safetensors")
+    default = list(load_student(named, path).family.mean)
+    tags = {"one": {"mean": (0.5, 0.5, 0.5), "std": (0.1,) * 3}, "two": {"mean": (0.5, 0.5, 0.5), "std": (0.2,) * 3}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, named, tags)
+    family = load_student(named, path).family
+    assert list(family.mean) == [0.5] * 3 != default and list(family.std) != [0.1] * 3 != [0.2] * 3
+
+
 def test_weights_that_come_with_the_model_take_no_others(folders):
     for model in (str(folders["vit"]), "hf-hub:org/clip"):
         with pytest.raises(ConfigError, match="student.pretrained: 'openai', but .* has its own weights"):
@@ -266,7 +282,10 @@ def test_a_configuration_that_cannot_be_served(folders, tmp_path, change, messag
 def edit(file, **values):
     def change(folder):
         config = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(config | values))
+        for key, value in values.items():
+            nested = isinstance(value, dict) and isinstance(config.get(key), dict)
+            config[key] = config[key] | value if nested else value
+        (folder / file).write_text(json.dumps(config))
 
     return change
 
@@ -296,6 +315,7 @@ def wider(folder):
         (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
         (edit("preprocessor_config.json", crop_size={"height": 24, "width": 24}), r"makes images of \[24\], .* expects 16"),
         (edit("preprocessor_config.json", rescale_factor=1.0), "rescales by 1.0, expected 1/255"),
+        (edit("config.json", text_config={"eos_token_id": 5}), "does not pool the tokenizer's end token"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
         (edit("tokenizer_config.json", tokenizer_class="SiglipTokenizer"), "not installed: sentencepiece|tokenizer"),
     ],
@@ -369,6 +389,11 @@ def test_a_hub_id_a_tag_and_hub_weights_are_read_from_the_cache(folders, named, 
         student = load_student(model, pretrained)
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
         assert list(student.family.mean) == mean
+    config["model_cfg"]["quick_gelu"] = True
+    (place / "open_clip_config.json").write_text(json.dumps(config))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config["model_cfg"])
+    with pytest.raises(ConfigError, match="the other GELU: expected tiny-vit-quickgelu"):
+        load_student(named, "hf-hub:org/clip")
     (place / WEIGHTS_FILE).unlink()  # weights that lack are no random start
     with pytest.raises(ConfigError, match=f"{WEIGHTS_FILE} of hf-hub:org/clip is not on this disk"):
         load_student("hf-hub:org/clip")

@@ -5,6 +5,7 @@ a square, ours crops it, as for every student.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 SCALARS = {"clip": (), "siglip": (1,)}  # the shape of logit_scale, by model_type
 
 
+@dataclass
 class Transformers(Family):
     """A CLIPModel or SiglipModel. library: its configuration, image processor and tokenizer, as transformers has them.
 
@@ -27,7 +29,8 @@ class Transformers(Family):
     tower is causal and pools the end token, SigLIP's sees the padding and pools the last position.
     """
 
-    library: tuple
+    library: tuple = ()
+    loads = "transformers from_pretrained"
 
     def encode_image(self, clip: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return clip.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
@@ -89,10 +92,9 @@ def load(folder: Path, meta: bool) -> tuple[nn.Module, Transformers]:
     family = Transformers(
         where, _read_json(folder / CONFIG_FILE), None if meta else tokenize, config.vision_config.image_size,
         config.projection_dim if kind == "clip" else config.vision_config.hidden_size, length, *_statistics(processor),
-        SCALARS[kind],
+        SCALARS[kind], (config, processor, tokenizer),
     )  # fmt: skip
     _check(config, processor, where)
-    family.library = (config, processor) if meta else (config, processor, tokenizer)
     return clip, family
 
 
