@@ -328,6 +328,13 @@ def test_a_broken_transformers_folder_is_one_error(folders, tmp_path, change, me
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_siglip_tower_without_its_head_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["siglip"], tmp_path / "siglip")
+    edit("config.json", vision_config={"vision_use_head": False})(folder)
+    with pytest.raises(ConfigError, match="vision_use_head is false"):
+        load_student(folder)
+
+
 def test_a_head_for_other_latents_is_an_error(folders, tmp_path):
     student = load_student(folders["clip"], latent_shape=tiny.LATENT)
     save_student(student.state_dict(), student, tmp_path)

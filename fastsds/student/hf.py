@@ -131,6 +131,8 @@ def _check(config, processor, where: str) -> None:
     sides = {given.get(key) for key in ("height", "width", "shortest_edge") if given.get(key) is not None}
     if sides != {size}:
         raise ConfigError(f"{where}: its image processor makes images of {sorted(sides)}, config.json expects {size}x{size}")
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise ConfigError(f"{where}: vision_use_head is false in config.json; expected an image tower with its pooling head")
     if config.vision_config.num_channels != 3:
         raise ConfigError(f"{where}: images of {config.vision_config.num_channels} channels, expected 3")
     if abs(processor.rescale_factor * 255 - 1) > 1e-6 or not processor.do_rescale:
