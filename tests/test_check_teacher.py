@@ -179,8 +179,7 @@ def test_the_verdict_in_words():
     assert not blind.go and "names, not how it is arranged" in blind.text and "--pairs" in blind.text
     go = judge(bands, some, easy, None)
     assert go.go and go.bands == (0, 1) and go.text.startswith("go: in log SNR [-5.37, ") and "90.0 % of 400" in go.text
-    assert "what L_SDS has to add" in judge(bands, some, easy, none).text
-    assert "expect little" in judge(bands, some, easy, some).text
+    assert "and on 50.0 % of h_w(f(x))" in judge(bands, some, easy, none).text
 
 
 def test_the_line_to_paste_trains_in_the_range():

@@ -126,8 +126,7 @@ def judge(bands: list[Band], real: list[Outcome], other: list[Outcome], head: li
     )
     if head is not None:
         said = sum(head[k].share for k in chosen) / len(chosen)
-        text += f", and on {percent(said)} of h_w(f(x)): "
-        text += "what L_SDS has to add" if said < mean - 0.05 else "the student says nearly as much already, so expect little"
+        text += f", and on {percent(said)} of h_w(f(x)): so much the image embedding shows, linearly, before training"
     return Verdict(True, span, chosen, text)
 
 
