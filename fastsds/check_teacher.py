@@ -38,6 +38,7 @@ from fastsds.teacher.loading import fingerprint
 CHUNK = 32  # latents a call of the UNet, where teacher.micro_batch does not say
 VISIT = 1 << 26  # the check's draws are none that training makes
 FEWEST = 8  # pairs
+MOST = 100  # captions looked at for a pair, where nobody knows how many there are
 REAL, HEAD = "real latents", "h_w(f(x))"
 
 
@@ -57,11 +58,12 @@ class Walk:
 
     def __init__(self, recipe: Recipe, source, teacher: Teacher, student: Student | None, place: torch.device):
         data = recipe.data
+        self.count = len(source) if hasattr(source, "__len__") else None
         self.how = dict(
-            batch=data.batch, streams=data.streams, seed=recipe.seed, device=place, max_skipped=data.max_skipped,
-            image_size=student.image_size if student else teacher.image_size, teacher_size=teacher.image_size,
+            batch=min(data.batch, self.count or data.batch), streams=data.streams, seed=recipe.seed, device=place,
+            max_skipped=data.max_skipped, teacher_size=teacher.image_size, negatives=data.source == "world",
+            image_size=student.image_size if student else teacher.image_size,
             tokenize=student.tokenize if student else lambda captions: torch.zeros(len(captions), 1, dtype=torch.int64),
-            negatives=data.source == "world",
         )  # fmt: skip
         self.source, self.first, self.cursors = source, 0, None
 
@@ -93,6 +95,7 @@ def collect(walk: Walk, teacher: Teacher, student: Student | None, wanted: int) 
     """Take the next pairs whose captions can be swapped, each image once. Raises: ConfigError if the data have too few."""
     found: dict[int, tuple[str, str]] = {}
     made, latents, left_out, seen, looked = walk.first > 0, [], 0, 0, 0
+    enough = walk.count or MOST * wanted
     for batch, _ in walk:
         chosen = []
         for k, sample in enumerate(batch.ids.tolist()):
@@ -108,7 +111,7 @@ def collect(walk: Walk, teacher: Teacher, student: Student | None, wanted: int) 
         if chosen:
             latents.append(_latents(teacher, student, batch)[chosen].cpu())
         looked += len(batch)
-        if len(found) == wanted or (hasattr(walk.source, "__len__") and looked >= len(walk.source)):
+        if len(found) == wanted or looked >= enough:
             break
     captions = list(found.values())
     if len(captions) < FEWEST or len({right for right, _ in captions}) < 2:

@@ -376,7 +376,7 @@ def photographs(tmp_path):
 
 def test_captions_of_a_users_own_data_are_swapped_by_the_rule(untrained, photographs, tmp_path, capfd):
     out = tmp_path / "rows.jsonl"
-    sets = [f"data.source={photographs}", "data.batch=4", "head.init=ridge", "head.samples=9", f"output={tmp_path / 'run'}"]
+    sets = [f"data.source={photographs}", "head.init=ridge", "head.samples=9", f"output={tmp_path / 'run'}"]
     assert run(untrained, "--pairs", 50, "--bands", 2, "--draws", 1, "--out", out, sets=sets) == 1
     said = capfd.readouterr().out
     assert "12 pairs, 2 captions left out" in said and "the data are few: h_w was made from" in said
@@ -429,5 +429,6 @@ def test_mistakes_are_named(untrained, tmp_path, capfd, argv, sets, message):
 def test_too_few_captions_that_can_be_swapped(untrained, photographs, tmp_path):
     photographs.write_text("filepath\ttitle\n" + "".join(f"{k}.png\ta dog\n" for k in range(9)))
     with pytest.raises(ConfigError, match="of 9 captions 0 can be swapped; expected at least 8"):
-        check_teacher.main(["--recipe", str(untrained), *runs.sets(f"data.source={photographs}", "data.batch=9"), "--out",
-                            str(tmp_path / "rows.jsonl")])  # fmt: skip
+        check_teacher.main(
+            ["--recipe", str(untrained), *runs.sets(f"data.source={photographs}"), "--out", str(tmp_path / "rows.jsonl")]
+        )
