@@ -59,16 +59,36 @@ def load_parts(
         for parameter in model.parameters():  # copied: off the mapped file, which may change, and aligned
             parameter.data = parameter.data.to(device, copy=True)
         model.to(device)
-    sample, blocks = configs["unet"]["sample_size"], configs["vae"]["block_out_channels"]
+    latent_shape, image_size = geometry(configs)
     return dict(
         unet=loaded.get("unet"),
         vae=loaded.get("vae"),
         text_encoder=loaded.get("text"),
         tokenizer=tokenizer,
         scheduler=DDPMScheduler.from_config(schedule),
-        latent_shape=(configs["unet"]["in_channels"], sample, sample),
-        image_size=sample * 2 ** (len(blocks) - 1),
+        latent_shape=latent_shape,
+        image_size=image_size,
     )
+
+
+def read_configs(path: str | Path, prediction_type: str | None = None) -> dict[str, dict] | None:
+    """The configurations of a teacher's three parts, and no weights; None where it is not on this disk. Nothing is fetched.
+
+    Raises: ConfigError for a teacher on this disk that is not one of those that `load_parts` takes.
+    """
+    if str(path).startswith(HUB):
+        local = _cached(str(path))
+        return None if local is None or not _holds(Folder(local), ()) else _configs(Folder(local), PARTS)
+    if str(path) != "world" and not Path(path).exists():
+        return None
+    local = _local(path)
+    return _configs(SingleFile(local, prediction_type) if local.is_file() else Folder(local), PARTS)
+
+
+def geometry(configs: dict[str, dict]) -> tuple[tuple[int, int, int], int]:
+    """((C, h, w) of the latents, pixels a side of the images) of a teacher with these configurations."""
+    sample, blocks = configs["unet"]["sample_size"], configs["vae"]["block_out_channels"]
+    return (configs["unet"]["in_channels"], sample, sample), sample * 2 ** (len(blocks) - 1)
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
