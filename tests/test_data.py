@@ -1,12 +1,15 @@
 """The walk and its streams, batches, and what is done about damaged samples."""
 
+import io
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from fastsds import quiet
 from fastsds.config import ConfigError, DataConfig
 from fastsds.data import Batch, Samples, Source
 from fastsds.data.cache import PixelCache
@@ -266,6 +269,74 @@ def test_decoding_is_open_clips_evaluation_transform(photographs):
     for file in sorted((photographs.parent / "images").iterdir()):
         expected = (preprocess(Image.open(file)) * 255).round().to(torch.uint8)
         assert torch.equal(decode_image(file.read_bytes(), [48])[0], expected), file
+
+
+MODES = {  # how an image of mode RGB is kept, and what its file says besides
+    "palette": ("P", "png", {}),
+    "palette, one transparent": ("P", "png", {"transparency": 3}),
+    "palette, each more or less transparent": ("P", "png", {"transparency": bytes(range(200))}),
+    "palette, frames": ("P", "gif", {"save_all": True}),
+    "alpha": ("RGBA", "png", {}),
+    "grey and alpha": ("LA", "png", {}),
+    "grey, one transparent": ("L", "png", {"transparency": 100}),
+    "16 bits": ("I;16", "png", {}),
+    "black and white": ("1", "png", {}),
+    "CMYK": ("CMYK", "jpeg", {}),
+    "YCbCr": ("YCbCr", "tiff", {}),
+    "floats": ("F", "tiff", {}),
+    "turned": ("RGB", "jpeg", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_of_any_mode_is_what_open_clips_evaluation_transform_makes_of_it(mode):
+    """That resizes in the image's own mode, and converts what is left: palettes have no colours between theirs."""
+    import open_clip
+    from PIL import Image
+
+    kind, form, how = MODES[mode]
+    numbers = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
+    image = Image.fromarray(numbers, "RGBA").resize((130, 90), Image.Resampling.BICUBIC)
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), dtype=np.uint16) * 257)
+    elif kind != "RGBA":
+        image = image.convert("LA" if kind == "LA" else "RGB").convert(kind)
+    frames = {"append_images": [image.rotate(90)]} if "save_all" in how else {}
+    file = io.BytesIO()
+    image.save(file, form, **how, **frames)
+    preprocess = open_clip.image_transform(48, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    expected = (preprocess(Image.open(file)) * 255).round().to(torch.uint8)
+    assert torch.equal(decode_image(file.getvalue(), [48])[0], expected) and expected.float().std() > 10
+
+
+def test_an_image_that_pillow_fails_on_in_whatever_way_has_one_reason():
+    from PIL import Image
+
+    image, whole = Image.new("RGB", (64, 8)), {}
+    for form in ("dds", "avif", "png"):
+        file = io.BytesIO()
+        (image if form != "png" else image.resize((65000, 1))).save(file, form)
+        whole[form] = bytearray(file.getvalue())
+    whole["dds"][80:84] = bytes(4)  # of no pixel format: NotImplementedError
+    whole["avif"] = whole["avif"][:300]  # RuntimeError
+    for content in whole.values():  # the last is whole, but would take 8 GiB to resize
+        with pytest.raises(ValueError, match=r"not a readable image \("):
+            decode_image(bytes(content), [224])
+
+
+def test_pillow_does_not_warn_of_each_image(monkeypatch):
+    from PIL import Image
+
+    files = [io.BytesIO(), io.BytesIO()]
+    Image.new("P", (40, 40)).save(files[0], "png", transparency=bytes(range(100)))
+    Image.new("L", (60, 40)).save(files[1], "png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1700)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet.install()
+        for file in files:
+            decode_image(file.getvalue(), [16])
+    assert not [str(one.message) for one in said]
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (33, 33), (10, 11), (1, 64)])
