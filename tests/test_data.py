@@ -139,6 +139,30 @@ def test_rows_of_what_a_resumed_run_meets_again_are_dropped(tmp_path):
     assert log.path.read_text() == whole
 
 
+def test_a_row_that_was_cut_off_is_no_hindrance(tmp_path):
+    log = SkipLog(tmp_path)
+    for cursor in (1, 5):
+        log({"stream": 0, "cursor": cursor, "id": 3})
+    whole = log.path.read_text()
+    log.path.write_text('{"stream": 0, "cur\n' + whole + '{"stream": 1')  # a full disk, a power cut
+    log.go_back(torch.tensor([9, 9]))
+    assert log.path.read_text() == whole
+
+
+def test_a_sample_that_all_ranks_met_is_in_the_list_once():
+    """With shuffled captions every rank reads the whole batch; else a rank meets its own streams alone."""
+    source, how = Numbers(50, (3, 17, 31)), {"max_skipped": 0.9}
+    for shuffled in (False, True):
+        found = {}
+        for world in (1, 2):
+            rows = found[world] = []
+            for rank in range(world):
+                batches = loader(source, rank=rank, world=world, report=rows.append, shuffled=shuffled, **how)
+                for _ in range(20):
+                    next(batches)
+        assert sorted(found[2], key=str) == sorted(found[1], key=str) and len(found[1]) > 5
+
+
 def test_the_last_epoch_of_a_batch():
     found = sequence(Numbers(31), 40, batch=8)
     for number in range(40):
