@@ -486,6 +486,29 @@ def test_a_torn_cache_is_decoded_anew_and_that_of_other_data_refused(photographs
         PixelCache(tmp_path / "vast", "x", 1 << 24).get(0, [224])
 
 
+FULL = """
+import resource, sys, warnings
+import torch
+from fastsds.config import DataConfig
+from fastsds.data.sources import open_source
+source = open_source(DataConfig(source=sys.argv[1], cache=sys.argv[2]))
+load = lambda: source.load(torch.arange(5), torch.zeros(5, dtype=torch.long), 32).pixels
+source.cache._open(32)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 3 * 32 * 32 + 100, -1))  # as on a full disk: bytes past it are refused
+first = load()
+assert torch.equal(first, load())
+print(sum(source.cache.get(i, [32]) is not None for i in range(5)))
+"""
+
+
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(photographs, tmp_path, python):
+    done = python("-c", FULL, photographs, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3\n" and done.stderr.count("no more images are kept") == 1
+    plain = load(opened(photographs), range(5))
+    assert torch.equal(load(opened(photographs, cache=str(tmp_path / "cache")), range(5)).pixels, plain.pixels)
+
+
 def test_a_table_may_name_images_anywhere_and_still_says_what_it_is(photographs, tmp_path):
     """Absolute paths outside the table's folder, as open_clip's own tables have them."""
     (tmp_path / "lists").mkdir()
