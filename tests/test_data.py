@@ -395,7 +395,8 @@ def test_images_folder_and_extra_columns(photographs, tmp_path):
         ),
         ("filepath\ttitle\n", "no images"),
         ("", "row 1: column filepath"),
-        ('filepath\ttitle\nimages/coffee.png\t"open\n', "not a tab-separated"),
+        ('filepath\ttitle\nx.png\ty\nimages/coffee.png\t"open\nx.png\ty\n', "row 3: not tab-separated: .*end of data.*quot"),
+        ('filepath\ttitle\n\nimages/coffee.png\t"Stop" it says\n', "row 3: not tab-separated: .*expected.*quot"),
     ],
 )
 def test_a_bad_table_names_file_row_and_column(photographs, text, message):
@@ -415,6 +416,9 @@ def test_bad_files(photographs, tmp_path):
     photographs.write_bytes(b"filepath\ttitle\n\xff\xfe\t\xff\n")
     with pytest.raises(ConfigError, match="UTF-8"):
         opened(photographs)
+    (tmp_path / "folder.tsv").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.tsv: Is a directory"):
+        opened(tmp_path / "folder.tsv")
 
 
 def test_a_damaged_image_and_a_missing_caption_are_named_and_harm_no_other(photographs):
