@@ -1,6 +1,7 @@
 """Photographs with captions, whatever the format that lists them; and how an image becomes pixels."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -132,13 +133,14 @@ def decode_image(content: bytes, sizes: list[int]) -> list[torch.Tensor]:
 
     try:
         with Image.open(BytesIO(content)) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            squares = [np.array(_square(file, size)) for size in sizes]
+    except Exception as error:  # of whatever kind a decoder has
         raise ValueError(f"not a readable image ({str(error).partition(' <')[0]})") from error
-    return [torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous() for size in sizes]
+    return [torch.from_numpy(square).permute(2, 0, 1).contiguous() for square in squares]
 
 
 def _square(image, size: int):
+    """Resized in its own mode and only then RGB, which is open_clip's order: a palette has no colours between its own."""
     from PIL import Image
 
     width, height = image.size
@@ -146,9 +148,11 @@ def _square(image, size: int):
         resized = (size, max(size, int(size * height / width)))
     else:
         resized = (max(size, int(size * width / height)), size)
+    if resized[0] * resized[1] > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):  # as many as Pillow decodes
+        raise ValueError(f"{width}x{height} would be resized to {resized[0]}x{resized[1]}")
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size)).convert("RGB")
 
 
 def _digest(rows) -> str:

@@ -1,5 +1,6 @@
 """Batches: what training takes from a source, in an order that depends on nothing but the seed and the data."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +119,7 @@ class Loader:
 
     def _skip(self, stream: int, sample: int, visit: int, why: str) -> None:
         self.damaged[sample] = why
-        if self.report:
+        if self.report and stream % self.world == self.rank:  # shuffled, every rank meets all of them
             self.report({"stream": stream, "cursor": int(self.cursors[stream]), "id": sample, "epoch": visit, "why": why})
         of, bad = self.count or max(FEW, self.taken), list(self.damaged.values())
         if len(bad) > self.max_skipped * of:
@@ -172,8 +173,12 @@ class SkipLog:
     def go_back(self, cursors: torch.Tensor) -> None:
         """Drop the rows of what a resumed run will meet again. One rank calls it, before any loads."""
         if self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # one that was cut off
+                    row = json.loads(line)
+                    if row["cursor"] <= cursors[row["stream"]]:
+                        kept.append(line + "\n")
             partial = self.path.with_name(self.path.name + ".partial")
-            kept = [row for row in rows if row["cursor"] <= cursors[row["stream"]]]
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(self.path)
