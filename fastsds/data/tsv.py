@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 from fastsds.config import ConfigError
-from fastsds.data.images import Listing
+from fastsds.data.images import Listing, of_files
 
 COLUMNS = ("filepath", "title")
 
@@ -48,16 +48,3 @@ def read_tsv(path: Path, images: Path | None = None) -> Listing:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     return of_files(folder, said)
-
-
-def of_files(folder: Path, said: dict[str, list[str]]) -> Listing:
-    """The listing of image files. said: name, relative to the folder -> captions."""
-    names, sizes, damaged = list(said), [], {}
-    for i, name in enumerate(names):
-        try:
-            sizes.append((folder / name).stat().st_size)
-        except OSError as error:
-            sizes.append(0)
-            damaged[i] = f"{folder / name}: {error.strerror}"
-    captions = [tuple(dict.fromkeys(texts)) for texts in said.values()]
-    return Listing(names, captions, sizes, lambda i: (folder / names[i]).read_bytes(), damaged)
