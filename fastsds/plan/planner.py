@@ -225,27 +225,21 @@ class Planner:
 def largest(peak, limit: float, top: int, guess: int) -> int:
     """The largest k up to top with peak(k) <= limit, peak growing and nearly a line; 0 where there is none.
 
-    Interpolates between a k that fits and one that does not, and measures each k that it names.
+    Goes along the line through the last two k that were measured; halves what that hardly shrinks.
     """
-    low, at_low, high, at_high = 0, None, None, None
-    k = min(guess, top)
-    while True:
-        found = peak(k)
-        if found <= limit:
-            low, at_low = k, found
-            if k == top:
-                return k
-        else:
-            high, at_high = k, found
-        if high is not None and high - low <= 1:
-            return low
-        if high is None:
-            k = min(top, max(2 * low, 2))
-        elif at_low is None:
-            k = max(1, min(high - 1, int(high * limit / at_high)))
-        else:
-            k = low + int((high - low) * (limit - at_low) / (at_high - at_low))
-            k = max(low + 1, min(high - 1, k))
+    low, high, stuck = 0, top + 1, 0
+    last, at_last, k = 0, 0, min(guess, top)
+    while high - low > 1:
+        width, found = high - low, peak(k)
+        low, high = (k, high) if found <= limit else (low, k)
+        stuck = 0 if 2 * (high - low) <= width else stuck + 1
+        slope = (found - at_last) / (k - last)
+        last, at_last = k, found
+        k = int(k + (limit - found) / slope) if slope > 0 else high
+        if stuck > 3:
+            k, stuck = (low + high) // 2, 0
+        k = max(low + 1, min(high - 1, k, 8 * max(low, 1) if high > top else high))
+    return low
 
 
 def stage_of(deepspeed: dict | None) -> int | None:

@@ -82,16 +82,14 @@ class Held:
 
 def zero_section(config: dict, stage: int):
     """DeepSpeed's zero_optimization with its defaults filled in by DeepSpeed itself. Raises: ConfigError."""
-    import pydantic
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     section = config.get("zero_optimization", {})
     try:
         return DeepSpeedZeroConfig(**{**(section if isinstance(section, dict) else {}), "stage": stage})
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"DeepSpeed file: zero_optimization.{where}: {first['msg']}") from error
+    except ValueError as error:  # pydantic's: a heading, then pairs of lines, the key and what is wrong with it
+        key, wrong = [*str(error).splitlines(), "", ""][1:3]
+        raise ConfigError(f"DeepSpeed file: zero_optimization.{key}: {wrong.split(' [')[0].strip()}") from error
 
 
 def not_counted(config: dict, engine: Engine) -> list[str]:
