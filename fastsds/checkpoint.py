@@ -33,6 +33,7 @@ FREE = (
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
     "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
+PLACES = ("data.source", "data.images")  # free, too, where the data themselves can be compared
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -67,7 +68,8 @@ def path_of(output: Path, step: int) -> Path:
 def save(
     output: Path, step: int, engine, student: Student, recipe: Recipe, objective, data: dict, cursors: torch.Tensor
 ) -> Path:
-    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts.
+    """Write one checkpoint and drop all but it and the one before it, later ones, too: the run went back. Collective: every
+    rank calls; rank 0 writes the whole parts.
 
     Args: data: "samples", how many it has, and its "identity"; None where nobody knows. cursors: of its streams.
     """
@@ -106,7 +108,8 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         sync(final.parent)
-        for old in steps(output)[:-KEEP]:
+        there = steps(output)
+        for old in {*there} - {*[s for s in there if s <= step][-KEEP:]}:
             shutil.rmtree(path_of(output, old))
     engine.barrier()
     return final
@@ -124,12 +127,17 @@ def find(resume: str, output: Path) -> Path:
     return path
 
 
-def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
-    """Read a checkpoint. Raises: ConfigError that names the file, or the recipe key that differs."""
+def load(path: Path, recipe: Recipe, data: dict) -> Saved:
+    """Read a checkpoint, to go on with these data (as `save` takes them).
+
+    Raises: ConfigError that names the file, or the recipe key that differs.
+    """
     meta = read_meta(path)
-    _same_recipe(path, meta["recipe"], as_dict(recipe))
-    if samples is not None and samples != meta["samples"]:
-        raise ConfigError(f"--resume {path}: data.source has {samples} samples, the checkpoint saw {meta['samples']}")
+    _same_recipe(path, meta["recipe"], as_dict(recipe), FREE if data["identity"] is None else FREE + PLACES)
+    if data["samples"] not in (None, meta["samples"]):
+        raise ConfigError(f"--resume {path}: data.source has {data['samples']} samples, the checkpoint saw {meta['samples']}")
+    if data["identity"] not in (None, meta["identity"]):
+        raise ConfigError(f"--resume {path}: data.source holds other images or captions than the checkpoint saw")
     rest = _read(path / "optimizer.safetensors")
     exact = beside(rest)
     if "clip.logit_scale" not in exact:
@@ -200,10 +208,10 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"--resume {file}: {str(error).splitlines()[0]}") from error
 
 
-def _same_recipe(path: Path, then: dict, now: dict) -> None:
+def _same_recipe(path: Path, then: dict, now: dict, free: tuple[str, ...]) -> None:
     then, now = _flat(then), _flat(now)
     for key in [*now, *(k for k in then if k not in now)]:
-        if key not in FREE and then.get(key) != now.get(key):
+        if key not in free and then.get(key) != now.get(key):
             hint = "; the cosine runs to `steps`, so it cannot change half-way" if key == "steps" else ""
             raise ConfigError(
                 f"--resume {path}: {key} is {json.dumps(now.get(key))}, the checkpoint was made with "

@@ -200,7 +200,7 @@ def _parse(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
-        if "alias" in problem:
+        if "alias" in problem or "'*'" in problem:
             problem += "; a text that begins with * is put in quotes"
         raise ConfigError(f"{origin}{where}: {problem}") from None
 

@@ -28,7 +28,7 @@ def fetch(repo: str, names: tuple[str, ...], where: str, hint: str = "") -> Path
     Raises: ConfigError that names what is missing and what to do; within PATIENCE where the hub does not answer.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         for name in names:
@@ -42,13 +42,15 @@ def fetch(repo: str, names: tuple[str, ...], where: str, hint: str = "") -> Path
                 return Path(hf_hub_download(repo, name))
             except EntryNotFoundError:
                 pass
-    except (HFValidationError, OSError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a name that is none, a network that breaks off, a full disk
         raise ConfigError(f"{where}: {HUB}{repo}: {first_line(error)}") from error
     raise ConfigError(f"{where}: {HUB}{repo} has no {' and no '.join(names)}{hint}")
 
 
-def reach(repo: str, name: str, where: str) -> None:
-    """Raise ConfigError unless the hub answers for a file of a repository that is not on this disk."""
+def reach(repo: str, name: str, where: str, missing: str | None = None) -> None:
+    """Raise ConfigError unless the hub answers for a file of a repository. missing: what of it is not on this disk."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -62,6 +64,6 @@ def reach(repo: str, name: str, where: str) -> None:
         off = isinstance(error, OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if off else f"the hub cannot be reached ({first_line(error)})"
         raise ConfigError(
-            f"{where}: {name} of {HUB}{repo} is not on this disk, and {why}: fetch it where there is a network "
+            f"{where}: {missing or name} of {HUB}{repo} is not on this disk, and {why}: fetch it where there is a network "
             f"(hf download {repo}), or name a local folder"
         ) from error

@@ -106,7 +106,7 @@ def describe(recipe: Recipe, student, trained, teacher, source, world_size: int,
     return (
         f"{dump_recipe(recipe)}\n"
         f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
-        f"trained: {' '.join(trained)}\n"
+        f"trained:\n{''.join(f'  {name}{chr(10)}' for name in trained)}"
         f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
         f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
         f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"

@@ -111,12 +111,10 @@ def run(args: argparse.Namespace) -> int:
     # Where the run starts: a checkpoint, or the head's initialisation.
     objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch,
                         bank and bank.log_snr)
-    saved = checkpoint.load(resume, recipe, count) if resume else None
+    saved = checkpoint.load(resume, recipe, about) if resume else None
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
         checkpoint.put_weights(saved, student, trained)
-        if rank == 0 and output.resolve() in resume.resolve().parents:
-            SkipLog(output).go_back(saved.cursors)  # make_engine waits for it
     evaluate = make_evaluation(recipe, student)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
@@ -132,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         started = init_head(student, teacher, whole, recipe, source, latents=latents, rank=rank)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
+    if saved is not None and rank == 0 and output.resolve() in resume.resolve().parents:
+        SkipLog(output).go_back(saved.cursors)  # make_engine waits for it
     engine = sharding.make_engine(student, recipe, sharded)
     start = 0
     if saved is not None:
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
                 engine.close()
                 return INTERRUPTED
 
-    # The end: the student as an open_clip folder.
+    # The end: the student as a folder of its library.
     if start < recipe.steps:
         measure(recipe.steps)
         save(recipe.steps, cursors)
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
         save_student(weights, student, output / "student")
         if bank:
             bank.close()
-        metrics.note(f"done: {output / 'student'} (open_clip local-dir:), {metrics.path}")
+        metrics.note(f"done: {output / 'student'} ({student.family.loads}), {metrics.path}")
     engine.barrier()
     engine.close()
     return 0

@@ -18,7 +18,7 @@ FLOORS = (
     ("history",),
     ("figures",),
     ("sharding", "checkpoint", "report"),
-    ("train", "comparison", "export", "plan"),
+    ("train", "comparison", "export", "check_teacher", "plan"),
     ("demo",),
     ("cli",),
 )

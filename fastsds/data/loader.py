@@ -1,5 +1,6 @@
 """Batches: what training takes from a source, in an order that depends on nothing but the seed and the data."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,13 +95,14 @@ class Loader:
             wanted[p % self.streams] = wanted.get(p % self.streams, 0) + 1
         good: dict[int, list] = {stream: [] for stream in wanted}  # of (id, visit, place in `loaded`)
         loaded: list[Samples] = []
-        before = 0
+        before = passed = 0
         while short := [s for s, n in wanted.items() for _ in range(n - len(good[s]))]:
             entries = [self._advance(stream) for stream in short]
             samples = self.source.load(*(torch.tensor(column) for column in zip(*entries)), self.size, self.second)
             for row, (stream, (sample, visit)) in enumerate(zip(short, entries, strict=True)):
                 if row in samples.damaged:
-                    self._skip(stream, sample, visit, samples.damaged[row])
+                    passed += 1
+                    self._skip(stream, sample, visit, samples.damaged[row], passed)
                 else:
                     good[stream].append((sample, visit, before + row))
             loaded.append(samples)
@@ -116,12 +118,13 @@ class Loader:
         self.cursors[stream] = cursor
         return sample, visit
 
-    def _skip(self, stream: int, sample: int, visit: int, why: str) -> None:
+    def _skip(self, stream: int, sample: int, visit: int, why: str, passed: int) -> None:
+        """Pass over one. passed: in this batch so far, which ends where the same few are met again and again."""
         self.damaged[sample] = why
-        if self.report:
+        if self.report and stream % self.world == self.rank:  # shuffled, every rank meets all of them
             self.report({"stream": stream, "cursor": int(self.cursors[stream]), "id": sample, "epoch": visit, "why": why})
         of, bad = self.count or max(FEW, self.taken), list(self.damaged.values())
-        if len(bad) > self.max_skipped * of:
+        if len(bad) > self.max_skipped * of or passed > max(FEW, of):
             shown = "".join(f"\n  {text}" for text in bad[:SHOWN]) + "\n  ..." * (len(bad) > SHOWN)
             raise ConfigError(
                 f"data.max_skipped is {self.max_skipped}, and {len(bad)} of {of:,} samples cannot be used:{shown}"
@@ -172,8 +175,12 @@ class SkipLog:
     def go_back(self, cursors: torch.Tensor) -> None:
         """Drop the rows of what a resumed run will meet again. One rank calls it, before any loads."""
         if self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # one that was cut off
+                    row = json.loads(line)
+                    if row["cursor"] <= cursors[row["stream"]]:
+                        kept.append(line + "\n")
             partial = self.path.with_name(self.path.name + ".partial")
-            kept = [row for row in rows if row["cursor"] <= cursors[row["stream"]]]
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(self.path)

@@ -5,6 +5,7 @@ a square, ours crops it, as for every student.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 SCALARS = {"clip": (), "siglip": (1,)}  # the shape of logit_scale, by model_type
 
 
+@dataclass
 class Transformers(Family):
     """A CLIPModel or SiglipModel. library: its configuration, image processor and tokenizer, as transformers has them.
 
@@ -27,7 +29,8 @@ class Transformers(Family):
     tower is causal and pools the end token, SigLIP's sees the padding and pools the last position.
     """
 
-    library: tuple
+    library: tuple = ()
+    loads = "transformers from_pretrained"
 
     def encode_image(self, clip: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return clip.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
@@ -45,7 +48,8 @@ class Transformers(Family):
         return text.vocab_size, end, lambda tokens: (tokens == text.eos_token_id).int().argmax(dim=1)
 
     def checkpoint(self, clip: nn.Module) -> None:
-        clip.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(clip, "activation_checkpointing_enable", None)  # transformers 5.17 has the other name
+        (enable or clip.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def save(self, out: Path) -> None:
         for part in self.library:
@@ -88,10 +92,9 @@ def load(folder: Path, meta: bool) -> tuple[nn.Module, Transformers]:
     family = Transformers(
         where, _read_json(folder / CONFIG_FILE), None if meta else tokenize, config.vision_config.image_size,
         config.projection_dim if kind == "clip" else config.vision_config.hidden_size, length, *_statistics(processor),
-        SCALARS[kind],
+        SCALARS[kind], (config, processor, tokenizer),
     )  # fmt: skip
     _check(config, processor, where)
-    family.library = (config, processor) if meta else (config, processor, tokenizer)
     return clip, family
 
 
@@ -128,6 +131,8 @@ def _check(config, processor, where: str) -> None:
     sides = {given.get(key) for key in ("height", "width", "shortest_edge") if given.get(key) is not None}
     if sides != {size}:
         raise ConfigError(f"{where}: its image processor makes images of {sorted(sides)}, config.json expects {size}x{size}")
+    if not getattr(config.vision_config, "vision_use_head", True):
+        raise ConfigError(f"{where}: vision_use_head is false in config.json; expected an image tower with its pooling head")
     if config.vision_config.num_channels != 3:
         raise ConfigError(f"{where}: images of {config.vision_config.num_channels} channels, expected 3")
     if abs(processor.rescale_factor * 255 - 1) > 1e-6 or not processor.do_rescale:

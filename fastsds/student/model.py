@@ -50,6 +50,7 @@ class Family:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     scalar: tuple[int, ...] = ()
+    loads = "open_clip local-dir:"  # how the library itself reads what is saved
 
     def encode_image(self, clip: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Shapes: normalised [B, 3, S, S] -> [B, d], of any length."""

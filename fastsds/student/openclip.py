@@ -79,11 +79,12 @@ def load(model: str, pretrained: str | None, folder: Path | None, meta: bool) ->
     import open_clip
 
     where = f"student {folder or model}"
-    source = _folder(folder, meta) if folder else _repository(model, where) if model.startswith(HUB) else None
+    source = _folder(folder) if folder else _repository(model, where) if model.startswith(HUB) else None
     source = source or _listed(model.replace("/", "-"), pretrained, where, meta)
     model_cfg = source.config["model_cfg"]
     _check(model_cfg, where)
     text = model_cfg["text_cfg"]
+    weights = None if meta or source.weights is None else source.weights()
 
     def build():
         options = dict(nonscalar_logit_scale=True, precision="fp32", force_patch_dropout=0.0)
@@ -94,8 +95,8 @@ def load(model: str, pretrained: str | None, folder: Path | None, meta: bool) ->
     clip = _make(build, text.get("hf_model_name"), "config.json", source.fetches, where)
     tokenizer = None
     if not meta:
-        if source.weights is not None:
-            _load_weights(clip, source.weights(), where)
+        if weights is not None:
+            _load_weights(clip, weights, where)
         repo = None if folder else text.get("hf_tokenizer_name")
         get = lambda: open_clip.get_tokenizer(source.tokenizer)  # noqa: E731
         tokenizer = _make(get, repo, "tokenizer_config.json", source.fetches, where)
@@ -123,9 +124,9 @@ class _Source:
     preprocess: dict = field(default_factory=dict)
 
 
-def _folder(folder: Path, meta: bool) -> _Source:
+def _folder(folder: Path) -> _Source:
     name = f"local-dir:{folder}"
-    return _Source(name, name, _read_config(folder), None if meta else lambda: find_weights(folder))
+    return _Source(name, name, _read_config(folder), lambda: find_weights(folder))
 
 
 def _repository(model: str, where: str) -> _Source:
@@ -141,13 +142,17 @@ def _listed(name: str, pretrained: str | None, where: str, meta: bool) -> _Sourc
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     source = _Source(name, name, {"model_cfg": open_clip.get_model_config(name)}, None)
+    tags = {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+
+    def check_gelu(quick) -> None:
+        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        if bool(quick) != bool(source.config["model_cfg"].get("quick_gelu")) and other in open_clip.list_models():
+            raise ConfigError(f"{where}: the weights {pretrained!r} were trained with the other GELU: expected {other}")
+
     if pretrained is None:
         return source
     if tag := get_pretrained_cfg(name, pretrained):
-        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
-        differs = bool(tag.get("quick_gelu")) != bool(source.config["model_cfg"].get("quick_gelu"))
-        if differs and other in open_clip.list_models():
-            raise ConfigError(f"{where}: the weights {pretrained!r} were trained with the other GELU: expected {other}")
+        check_gelu(tag.get("quick_gelu"))
         repo, _, file = tag["hf_hub"].rpartition("/")
         names = (str(Path(file).with_suffix(".safetensors")), file) if file else WEIGHTS_FILES
         source.weights = lambda: hub.fetch(repo, names, where)
@@ -155,16 +160,21 @@ def _listed(name: str, pretrained: str | None, where: str, meta: bool) -> _Sourc
     elif pretrained.startswith(HUB):
         repo = pretrained.removeprefix(HUB)
         if not meta:
-            found = _read_config(hub.fetch(repo, (CONFIG_FILE,), where).parent).get("preprocess_cfg", {})
+            found = _read_config(hub.fetch(repo, (CONFIG_FILE,), where).parent)
+            check_gelu(found["model_cfg"].get("quick_gelu"))
+            found = found.get("preprocess_cfg", {})
             source.preprocess = {key: found[key] for key in PREPROCESS if key in found}
         source.weights, source.fetches = lambda: hub.fetch(repo, WEIGHTS_FILES, where), True
     elif Path(pretrained).suffix not in WEIGHT_SUFFIXES or not Path(pretrained).is_file():
-        tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
         raise ConfigError(
-            f"student.pretrained: {pretrained!r} is no weights file ({', '.join(WEIGHT_SUFFIXES)}) and no tag of {name}: {tags}"
+            f"student.pretrained: {pretrained!r} is no weights file ({', '.join(WEIGHT_SUFFIXES)}) and no tag of {name}: "
+            f"{', '.join(tags) or 'none'}"
         )
     else:
         source.weights = lambda: Path(pretrained)
+        for key in PREPROCESS:  # which the file does not say: what all tags of this name agree on
+            if len(values := {tag.get(key) for tag in tags.values()}) == 1:
+                source.preprocess |= {key: values.pop()}
     return source
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError
+from fastsds.hub import HUB, reach
 from fastsds.teacher.files import digest
 from fastsds.teacher.folder import NAMES, Folder
 from fastsds.teacher.single_file import SingleFile
@@ -15,7 +16,6 @@ from fastsds.teacher.single_file import SingleFile
 PARTS = ("unet", "text", "vae")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HUB = "hf-hub:"
 
 
 def load_parts(
@@ -162,6 +162,7 @@ def _holds(folder: Folder, parts: tuple[str, ...]) -> bool:
 def _fetch(name: str, parts: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
+    reach(name.removeprefix(HUB), "model_index.json", f"teacher.path {name}", "something")
     wanted, unwanted = _patterns(parts)
     try:
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted, ignore_patterns=unwanted))
