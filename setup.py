@@ -46,6 +46,7 @@ setup(
         "torchvision>=0.26",
         "triton>=3.6,<4; platform_system == 'Linux'",
         "numpy>=1.26",
+        "packaging>=24",
         "pyyaml>=6",
         "safetensors>=0.8",
         "pillow>=11",
@@ -63,7 +64,7 @@ setup(
         # setuptools builds the wheel that the packaging tests look into
         "test": [
             *BENCH, *DATA, *LOGS,
-            "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82",
+            "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82",
         ],
         "bench": BENCH,
         "data": DATA,

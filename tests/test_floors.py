@@ -18,7 +18,7 @@ FLOORS = (
     ("history",),
     ("figures",),
     ("sharding", "checkpoint", "report"),
-    ("train", "comparison", "export", "check_teacher", "plan"),
+    ("train", "comparison", "export", "check_teacher", "plan", "doctor"),
     ("demo",),
     ("cli",),
 )
