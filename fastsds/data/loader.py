@@ -77,7 +77,7 @@ class Loader:
 
     def __next__(self) -> tuple[Batch, torch.Tensor]:
         if self.reach:
-            self.reach(last_epoch(self.first, self.batch, self.count))
+            self.reach(last_epoch(self.first, self.batch, self.count, self.max_skipped))
         positions, whole = range(self.first, self.first + self.batch), self.shuffled
         ids, visits, samples = self._take(positions if whole else positions[self.rank :: self.world])
         told = samples.captions
