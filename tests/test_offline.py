@@ -35,7 +35,7 @@ def test_local_things_never_ask_the_network(tmp_path, python, online):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("teacher.path", "hf-hub:nobody/nothing", "teacher.path hf-hub:nobody/nothing: something of hf-hub:nobody/nothing is not on this disk"),
+        ("teacher.path", "hf-hub:nobody/nothing", "something of hf-hub:nobody/nothing is not on this disk"),
         ("student.model", "hf-hub:nobody/nothing", "open_clip_config.json of hf-hub:nobody/nothing is not on this disk"),
         ("student.pretrained", "openai", "openai"),
     ],
