@@ -25,7 +25,7 @@ def data_files(package: str) -> list[str]:
             if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts]
 
 
-DATA = ["webdataset>=1,<2", "datasets>=4,<6"]  # shards, and Hugging Face data sets on disk
+DATA = ["webdataset>=1,<2", "braceexpand>=0.1.7", "datasets>=4,<6", "pyarrow>=21"]  # shards, and Hugging Face data sets on disk
 LOGS = ["tensorboard>=2.19", "wandb>=0.20"]
 BENCH = ["pytest>=8.1", "pytest-benchmark>=5,<6"]
 

@@ -164,7 +164,8 @@ def run(args: argparse.Namespace) -> int:
         measure(0)
     images = data.batch * data.accumulation
     places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
-    loader = batches(running, report=SkipLog(output), first=start * images, cursors=saved and saved.cursors)
+    skips = SkipLog(output)
+    loader = batches(running, report=skips, refuse=stop.refuse, first=start * images, cursors=saved and saved.cursors)
     with stop, profiling.trace(output, args.profile, start, recipe.steps, rank) as mark:
         for (batch, cursors), (step, micro) in zip(ahead(loader, len(places), data.workers), places, strict=True):
             last = micro == data.accumulation - 1
@@ -195,8 +196,12 @@ def run(args: argparse.Namespace) -> int:
             if stopped or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps):
                 where = save(done, cursors)
             if stopped and done < recipe.steps:
-                metrics.note(f"stopped after step {done}; {where} is complete: same command with --resume latest goes on")
+                refused = engine.any(stop.why is not None)
                 engine.close()
+                if refused:
+                    why = stop.why or f"data.max_skipped is {data.max_skipped}, and more cannot be used: see {skips.path}"
+                    raise ConfigError(f"{where} is complete, and --resume latest goes on where more may be skipped; {why}")
+                metrics.note(f"stopped after step {done}; {where} is complete: same command with --resume latest goes on")
                 return INTERRUPTED
 
     # The end: the student as a folder of its library.
@@ -226,10 +231,10 @@ def make_deterministic(device: torch.device) -> None:
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once. why: what the data end it for."""
 
     def __init__(self):
-        self.asked, self.before = False, {}
+        self.asked, self.why, self.before = False, None, {}
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -239,6 +244,9 @@ class Interrupt:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def refuse(self, why: str):
+        self.asked, self.why = True, why
 
     def ask(self, number, frame):
         if self.asked and number == signal.SIGINT:

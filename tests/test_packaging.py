@@ -195,7 +195,7 @@ def imported(folder: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("folders, extras", [(("fastsds", "kernels"), {""}), (("tests",), {"", "test"}),
+@pytest.mark.parametrize("folders, extras", [(("fastsds", "kernels"), {"", "data", "logs"}), (("tests",), {"", "test"}),
                                              (("benchmarks",), {"", "bench"})])
 def test_everything_imported_is_required(folders, extras, metadata, root):
     requirements = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
@@ -203,7 +203,7 @@ def test_everything_imported_is_required(folders, extras, metadata, root):
                 if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)}
     owners = importlib.metadata.packages_distributions()
     local = {"fastsds"} | {p.stem for folder in folders for p in (root / folder).glob("*.py")}
-    optional = {"wandb", "kernels", "pytest"}         # asked for by name; the stand-in; fastsds.testing serves tests
+    optional = {"kernels", "pytest"}                  # the stand-in; fastsds.testing serves tests
     missing = {name for folder in folders for name in imported(root / folder) - local - optional
                if not required & {canonicalize_name(o) for o in owners.get(name, [name])}}
     assert not missing
@@ -219,8 +219,7 @@ def test_constraints_pin_what_setup_asks_for(metadata, root):
         pins[canonicalize_name(match[1])] = match[2]
     for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
         name = canonicalize_name(requirement.name)
-        if name != "wandb":                                          # an extra that is not part of the tested set
-            assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pin {pins[name]}"
+        assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pin {pins[name]}"
     assert "pip" not in pins and "fastsds" not in pins
 
 

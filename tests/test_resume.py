@@ -162,6 +162,26 @@ def test_damaged_samples_are_listed_as_if_nothing_had_happened(photographs, tmp_
     assert whole.endswith((tmp_path / "other" / "skipped.jsonl").read_text())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_damaged_samples_stop_a_run_that_can_go_on(photographs, tmp_path, capfd, workers):
+    """Past the share allowed a run ends like one that is stopped: what it has learnt is kept."""
+    argv, folder = photographs
+    argv = [*argv, *runs.sets(f"data.workers={workers}", "checkpoint_every=0")]
+    assert runs.train(*argv, "--output", tmp_path / "whole") == 0
+    capfd.readouterr()
+    assert runs.train(*argv, *runs.sets("data.max_skipped=0"), "--output", tmp_path / "run") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    (step,) = checkpoint.steps(tmp_path / "run")
+    assert step < 4 and len(errors) == 1
+    assert "data.max_skipped is 0.0" in errors[0] and f"{runs.at(tmp_path / 'run', step)} is complete" in errors[0]
+    assert runs.train(*argv, "--output", tmp_path / "run", "--resume", "latest") == 0
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
+    for i in range(40):
+        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:70])
+    assert runs.train(*argv, "--output", tmp_path / "none") == 2  # the first batch finds not one
+    assert "40 of 40 samples cannot be used" in capfd.readouterr().err
+
+
 def test_data_that_lie_elsewhere_go_on_and_changed_ones_do_not(photographs, tmp_path, capfd):
     """A node's own disk has another name in each job."""
     argv, folder = photographs

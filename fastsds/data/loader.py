@@ -31,8 +31,9 @@ class Loader:
         reach, read: of a bank: called with the latest epoch of a batch before it is loaded, and with (ids, visits, samples) for
             further fields of it, on the CPU.
         max_skipped: the share of damaged samples that is passed over: of the source, or of those taken where nobody knows how
-            many it has. Each rank counts those that it met. report: called with a row for each damaged one.
-    Raises: ValueError if batch or streams do not divide by the ranks; ConfigError past max_skipped, which names them.
+            many it has. Each rank counts those that it met. report: called with a row for each damaged one. refuse: called past
+            max_skipped with what names them, to end the run after its step; without it that is raised.
+    Raises: ValueError if batch or streams do not divide by the ranks; ConfigError past max_skipped, or where nothing is left.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Loader:
         device: str | torch.device = "cpu",
         max_skipped: float = 0.0,
         report: Callable[[dict], None] | None = None,
+        refuse: Callable[[str], None] | None = None,
     ):
         if batch % world or streams % world or first % world or not 0 <= rank < world:
             at = f"batch {batch} from {first} on, {streams} streams"
@@ -69,7 +71,7 @@ class Loader:
         self.size, self.tokenize, self.device = image_size, tokenize, device
         self.second = teacher_size if teacher_size != image_size else None
         self.negatives, self.shuffled, self.reach, self.read = negatives, shuffled, reach, read
-        self.max_skipped, self.report = max_skipped, report
+        self.max_skipped, self.report, self.refuse = max_skipped, report, refuse
         self.taken, self.damaged = 0, {}
 
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor]]:
@@ -77,7 +79,7 @@ class Loader:
 
     def __next__(self) -> tuple[Batch, torch.Tensor]:
         if self.reach:
-            self.reach(last_epoch(self.first, self.batch, self.count))
+            self.reach(last_epoch(self.first, self.batch, self.count, self.max_skipped))
         positions, whole = range(self.first, self.first + self.batch), self.shuffled
         ids, visits, samples = self._take(positions if whole else positions[self.rank :: self.world])
         told = samples.captions
@@ -126,9 +128,10 @@ class Loader:
         of, bad = self.count or max(FEW, self.taken), list(self.damaged.values())
         if len(bad) > self.max_skipped * of or passed > max(FEW, of):
             shown = "".join(f"\n  {text}" for text in bad[:SHOWN]) + "\n  ..." * (len(bad) > SHOWN)
-            raise ConfigError(
-                f"data.max_skipped is {self.max_skipped}, and {len(bad)} of {of:,} samples cannot be used:{shown}"
-            )
+            why = f"data.max_skipped is {self.max_skipped}, and {len(bad)} of {of:,} samples cannot be used:{shown}"
+            if self.refuse is None or len(bad) == of:
+                raise ConfigError(why)
+            self.refuse(why)
 
     def _made(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples, told: list[str]) -> Batch:
         if self.negatives and samples.negatives is None:
