@@ -38,7 +38,6 @@ from fastsds.teacher.loading import fingerprint
 CHUNK = 32  # latents a call of the UNet, where teacher.micro_batch does not say
 VISIT = 1 << 26  # the check's draws are none that training makes
 FEWEST = 8  # pairs
-MOST = 100  # captions looked at for a pair, where nobody knows how many there are
 REAL, HEAD = "real latents", "h_w(f(x))"
 
 
@@ -58,9 +57,8 @@ class Walk:
 
     def __init__(self, recipe: Recipe, source, teacher: Teacher, student: Student | None, place: torch.device):
         data = recipe.data
-        self.count = len(source) if hasattr(source, "__len__") else None
         self.how = dict(
-            batch=min(data.batch, self.count or data.batch), streams=data.streams, seed=recipe.seed, device=place,
+            batch=min(data.batch, len(source)), streams=data.streams, seed=recipe.seed, device=place,
             max_skipped=data.max_skipped, teacher_size=teacher.image_size, negatives=data.source == "world",
             image_size=student.image_size if student else teacher.image_size,
             tokenize=student.tokenize if student else lambda captions: torch.zeros(len(captions), 1, dtype=torch.int64),
@@ -95,7 +93,6 @@ def collect(walk: Walk, teacher: Teacher, student: Student | None, wanted: int) 
     """Take the next pairs whose captions can be swapped, each image once. Raises: ConfigError if the data have too few."""
     found: dict[int, tuple[str, str]] = {}
     made, latents, left_out, seen, looked = walk.first > 0, [], 0, 0, 0
-    enough = walk.count or MOST * wanted
     for batch, _ in walk:
         chosen = []
         for k, sample in enumerate(batch.ids.tolist()):
@@ -111,7 +108,7 @@ def collect(walk: Walk, teacher: Teacher, student: Student | None, wanted: int) 
         if chosen:
             latents.append(_latents(teacher, student, batch)[chosen].cpu())
         looked += len(batch)
-        if len(found) == wanted or looked >= enough:
+        if len(found) == wanted or looked >= len(walk.source):
             break
     captions = list(found.values())
     if len(captions) < FEWEST or len({right for right, _ in captions}) < 2:
@@ -228,6 +225,7 @@ def run(recipe: Recipe, wanted: int, count: int, draws: int, out: Path | None) -
     place = device()
     teacher = Teacher.of(recipe, place)
     source = open_source(recipe.data, recipe.seed)
+    data = source.identity()
     try:
         bands = preference.bands_of(teacher.alphas_cumprod.cpu(), count)
     except ValueError as error:
@@ -235,7 +233,7 @@ def run(recipe: Recipe, wanted: int, count: int, draws: int, out: Path | None) -
     student, walk = head_of(recipe, teacher, source, place)
     about = {
         "teacher": fingerprint(recipe.teacher.path), "prediction_type": teacher.prediction_type, "dtype": str(teacher.dtype),
-        "data": source.identity(), "seed": recipe.seed, "bands": count, "draws": draws, "chunk": recipe.teacher.micro_batch,
+        "data": data, "seed": recipe.seed, "bands": count, "draws": draws, "chunk": recipe.teacher.micro_batch,
         "start": walk.first, "streams": recipe.data.streams,
         "student": weights_digest(student, head=True) if student else None,
     }  # fmt: skip

@@ -416,11 +416,12 @@ def test_the_head_of_the_students_folder_is_measured(untrained, tmp_path, capfd)
     (("--draws", 0), (), "--draws 0: expected at least 1"),
     (("--bands", 90), (), "--bands 90: log_snr: no timestep lies in"),
     ((), ("head.init=warmup", "loss.lambda=0"), "head.init is warmup"),
+    ((), ("data.source='pipe:cat {tmp}/a.tar'", "data.streams=1"), "expected data on a disk"),
     (("--json", "{tmp}/none/x.json", "--pairs", 8, "--bands", 1, "--draws", 1), (), "--json"),
     (("--out", "{tmp}"), (), "--out"),
 ])  # fmt: skip
 def test_mistakes_are_named(untrained, tmp_path, capfd, argv, sets, message):
-    argv = [str(a).replace("{tmp}", str(tmp_path)) for a in argv]
+    argv, sets = ([str(a).replace("{tmp}", str(tmp_path)) for a in words] for words in (argv, sets))
     out = () if "--out" in argv else ("--out", tmp_path / "rows.jsonl")
     assert run(untrained, *argv, *out, sets=sets) == 2
     assert message in capfd.readouterr().err
