@@ -102,7 +102,9 @@ def describe(recipe: Recipe, student, trained, teacher, source, world_size: int,
     data, steps = recipe.data, recipe.steps
     frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
     engine = "plain torch" if stage is None else f"ZeRO {stage}"
-    images = data.batch * data.accumulation
+    images, epochs = data.batch * data.accumulation, ""
+    if hasattr(source, "__len__"):  # a pipe is not counted beforehand
+        epochs = f" = {images * steps / len(source):.2f} epochs of {len(source):,}"
     return (
         f"{dump_recipe(recipe)}\n"
         f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
@@ -110,7 +112,7 @@ def describe(recipe: Recipe, student, trained, teacher, source, world_size: int,
         f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
         f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
         f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"
-        f"{steps} steps = {images * steps:,} images = {images * steps / len(source):.2f} epochs of {len(source):,}\n"
+        f"{steps} steps = {images * steps:,} images{epochs}\n"
         f"dry run: nothing was written"
     )
 

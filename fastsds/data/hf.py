@@ -43,29 +43,17 @@ def read_saved(folder: Path, split: str | None = None) -> Listing:
     sizes, captions, damaged = [], [], {}
     for first in watched(range(0, len(rows), ROWS), f"reading captions in {folder}, {ROWS:,} rows at a time"):
         table = rows.with_format("arrow")[first : first + ROWS]
-        content, paths = (pc.struct_field(table[image], name) for name in ("bytes", "path"))
-        lengths = pc.binary_length(content).to_pylist()  # from where each begins: no image is read
-        for length, path, said in zip(lengths, paths.to_pylist(), table[caption].to_pylist(), strict=True):
+        lengths = pc.binary_length(pc.struct_field(table[image], "bytes"))  # from where each begins: no image is read
+        for length, said in zip(lengths.to_pylist(), table[caption].to_pylist(), strict=True):
+            if length is None:
+                damaged[len(sizes)] = "no image in it"
+            sizes.append(length or 0)
             try:
                 captions.append(texts(said))
-                sizes.append(Path(path).stat().st_size if length is None and path else length or 0)
             except ValueError as error:
-                raise ConfigError(f"data.source: {folder}: row {len(sizes)}: {caption}: {error}") from None
-            except OSError as error:
-                damaged[len(sizes)] = f"{path}: {error.strerror}"
-                sizes.append(0)
-
+                raise ConfigError(f"data.source: {folder}: row {len(captions)}: {caption}: {error}") from None
     images = rows.select_columns([image])
-
-    def read(i: int) -> bytes:
-        cell = images[i][image] or {}
-        if cell.get("bytes") is not None:
-            return cell["bytes"]
-        if cell.get("path"):
-            return Path(cell["path"]).read_bytes()
-        raise OSError("no image")
-
-    return Listing([f"row {i}" for i in range(len(rows))], captions, sizes, read, damaged)
+    return Listing([f"row {i}" for i in range(len(rows))], captions, sizes, lambda i: images[i][image]["bytes"], damaged)
 
 
 def _kind(feature) -> str:
