@@ -99,7 +99,8 @@ def test_a_run_goes_on_in_the_middle_of_a_shard_on_other_ranks(folder, tmp_path,
         cursors, first = torch.stack([after for _, after in made]).amax(0), first + 8 * count
         assert (cursors % PLACES > 0).any()  # in the midst of shards
     assert found == [row for b in expected for row in zip(b.ids.tolist(), b.visits.tolist(), b.captions, strict=True)]
-    rows = [sorted(log.read_text().splitlines()) if log.exists() else [] for log in (tmp_path / "whole/skipped.jsonl", log.path)]
+    logs = tmp_path / "whole/skipped.jsonl", log.path
+    rows = [sorted(log.read_text().splitlines()) if log.exists() else [] for log in logs]
     assert rows[0] == rows[1] and bool(rows[0]) == (command != "cat")
 
 
@@ -146,11 +147,11 @@ def test_a_shard_that_fails_is_listed_once_an_epoch_and_its_stream_goes_on(folde
 
 def test_a_stream_that_gets_nothing_stops_the_run_with_the_reasons(folder, tmp_path, taken):
     how = {**HOW, "max_skipped": 0.99}
-    with pytest.raises(ConfigError, match=r"stream 0 of 2 has no shard that can be used:(\n  pipe:false .*exit status 1.*){5}$"):
+    with pytest.raises(ConfigError, match=r"stream 0 of 2 has no shard that can be used:(\n  pipe:false .*status 1.*){5}$"):
         next(loader(pipe(folder, "false"), streams=2, **how))
     photos.plain_tar(tmp_path / "00.tar", {"readme": b"x"})
     photos.plain_tar(tmp_path / "01.tar", {"a.jpg": taken[0].content})
-    with pytest.raises(ConfigError, match=r"stream 0 of 1 has(.|\n)*00.tar: no samples(.|\n)*no caption|no caption(.|\n)*no samples"):
+    with pytest.raises(ConfigError, match=r"stream 0 of 1 (.|\n)*00.tar: no samples(.|\n)*no caption|no caption(.|\n)*no sam"):
         next(loader(opened(f"pipe:cat {tmp_path}/{{00,01}}.tar", streams=1), streams=1, **how))
     photos.plain_tar(tmp_path / "02.tar", {"a.jpg": b"no image", "a.txt": b"x"})
     with pytest.raises(ConfigError, match=r"1 of 1,000 samples cannot be used(.|\n)*not a readable image"):  # not for ever
@@ -175,17 +176,17 @@ def test_what_a_shard_gave_before_and_does_not_give_again_is_told(folder):
     walk = PipeWalk(pipe(folder), 1, 0)
     shard = walk.advance(0, 0)[0] // PLACES
     short = Pipe(f"pipe:head -c 7000 {folder}/{{00..09}}.tar")  # one sample
-    sample, _, cursor = PipeWalk(short, 1, 0).advance(0, 2)
-    assert (sample, cursor) == (shard * PLACES + 2, 3)
+    sample, _, cursor = PipeWalk(short, 1, 0).advance(0, 3)  # at 2 it may have been the sample and the rest
+    assert (sample, cursor) == (shard * PLACES + 3, 4)
     found = short.load(torch.tensor([sample]), torch.tensor([0]), 8)
-    assert "it gave 2 samples before, and now 1" in found.damaged[0] and not short.held
+    assert "it gave 3 samples before, and now 1" in found.damaged[0] and not short.held
     assert PipeWalk(short, 1, 0).advance(0, cursor)[0] // PLACES != shard
 
 
 def test_a_command_ends_with_its_reader(folder, tmp_path):
     """Also one that has more to say, and one that waits."""
     path = folder / "00.tar"
-    for command in (f"cat {path} /dev/zero", f"cat {path}; sleep 1000; true {tmp_path}"):
+    for command in (f"cat {path} /dev/zero", f"cat {path}; head -c 1000000 /dev/zero; sleep 30; true {tmp_path}"):
         items = _read(f"pipe:{command}")
         assert next(items).key
         began = time.monotonic()

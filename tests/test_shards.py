@@ -43,7 +43,8 @@ def test_what_makes_a_sample(tmp_path, taken):
     good = {key: said for key, (said, why) in found.items() if said and not why}
     assert good == {"./dir/a": ("two\nlines",), "c": ("one", "two"), "d": ("of the json",), "l": ("last",)}
     assert found["e"] == found["k"] == ((), "")  # no caption: told from the captions
-    for key, words in {"b": "no image", "f": "txt: .*codec", "g": "no image", "h": "json: ", "i": "3 is no capt", "j": "json"}.items():
+    wrong = {"b": "no image", "f": "txt: .*codec", "g": "no image", "h": "json: ", "i": "3 is no capt", "j": "json"}
+    for key, words in wrong.items():
         assert re.search(words, found[key][1]), (key, found[key])
     source = opened(path, max_skipped=0.9)
     assert set(everything(source).damaged) == {1, *range(4, 11)}
@@ -53,7 +54,8 @@ def test_what_makes_a_sample(tmp_path, taken):
 
 def test_two_files_of_one_name_are_no_sample(tmp_path, taken):
     image = taken[0].content
-    archives = [photos.plain_tar(tmp_path / f"{k}.tar", {f"{key}.jpg": image, f"{key}.txt": b"x"}) for k, key in enumerate("aab")]
+    pairs = [{f"{key}.jpg": image, f"{key}.txt": b"x"} for key in "aab"]
+    archives = [photos.plain_tar(tmp_path / f"{k}.tar", pair) for k, pair in enumerate(pairs)]
     blocks = [path.read_bytes()[: -(-len(image) // 512) * 512 + 1536] for path in archives]
     (tmp_path / "x.tar").write_bytes(b"".join(blocks) + bytes(1024))
     assert listing(tmp_path / "x.tar") == {"a": (("x",), "two files of one name"), "b": (("x",), "")}
@@ -116,7 +118,8 @@ def test_shards_by_file_folder_or_braces_are_the_same(tmp_path, taken):
     data = photos.shards(tmp_path / "a", taken, of=2)
     (tmp_path / "a" / "notes.json").write_text(json.dumps({}))
     one, two = opened(tmp_path / "a"), opened(data["source"])
-    assert one.identity() == two.identity() and one.listing.names == [f"x/{p.key} of 0{k // 2}.tar" for k, p in enumerate(taken)]
+    names = [f"x/{p.key} of 0{k // 2}.tar" for k, p in enumerate(taken)]
+    assert one.identity() == two.identity() and one.listing.names == names
     assert opened(tmp_path / "a" / "01.tar").captions == one.captions[2:]
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "01.tar", tmp_path / "b" / "02.tar")
@@ -129,7 +132,7 @@ def test_shards_by_file_folder_or_braces_are_the_same(tmp_path, taken):
 
 @pytest.mark.parametrize(("name", "command"), [("x.tar.gz", "gzip"), ("x.tgz", "gzip"), ("{0..3}.tar.zst", "zstd")])
 def test_a_compressed_shard_is_refused_with_the_command_that_unpacks_it(tmp_path, name, command):
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is compressed; expected .*pipe:{command} -dc .*{re.escape(name)}"):
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)} is compressed; .*pipe:{command} -dc .*{re.escape(name)}"):
         opened(tmp_path / name)
 
 
