@@ -36,6 +36,7 @@ PLAIN = {
     "plain bf16": (None, None, ["precision=bf16", "student.tune=layernorm"]),
     "plain 8-bit": (None, None, ["optimizer.name=adamw8bit", "teacher.micro_batch=4", "teacher.accelerate=true"]),
 }
+TEACHERS: dict = {}
 BASE = ["data.batch=16", "teacher.attention=keep"]
 
 
@@ -62,6 +63,7 @@ def walk() -> int:
 
 def count(stage: int | None, bucket: int | None, overrides: list[str], ranks: int, rank: int) -> dict[str, list[int]]:
     """Train for two steps; the bytes of each phase, counted and planned."""
+    gc.freeze()  # what was there before is not looked through again and again
     from fastsds import sharding
     from fastsds.data.loader import Loader
     from fastsds.data.sources import open_source
@@ -73,6 +75,7 @@ def count(stage: int | None, bucket: int | None, overrides: list[str], ranks: in
 
     recipe, sharded = config.load_recipe(None, [*BASE, *overrides]), deepspeed_json(stage, bucket)
     planner = Planner(recipe, sharded, ranks, gpu=False)
+    planner.teacher = TEACHERS.setdefault((recipe.teacher, recipe.loss.gradient), planner.teacher)  # measured once
     before, live = walk(), Live()
     with live:
         teacher = Teacher.of(recipe, torch.device("cpu"), planner.loaded)
@@ -101,9 +104,12 @@ def count(stage: int | None, bucket: int | None, overrides: list[str], ranks: in
                 engine.step()
             gc.collect()
             phases |= {"step": live.peak, "between": live.now}
+    if rank:
+        engine.close()
+        return {}
     rows = teacher._captions.values()  # the plan allows for all that the teacher may keep
     planner.captions = sum(row.numel() * row.element_size() for row in rows)
-    planned, host = planner.phases(recipe.data.batch, micro), planner.held.host if rank == 0 else 0
+    planned, host = planner.phases(recipe.data.batch, micro), planner.held.host
     # At ZeRO 0 gradients are copied to be reduced when the backward pass is done: part of neither it nor the step.
     phases |= {"walked": walk() - before, "backward, step": max(phases["backward"], phases["step"])}
     expected = {**vars(planned), "walked": planned.between, "backward, step": max(planned.backward, planned.step)}

@@ -1,9 +1,9 @@
 """Versions, against the requirements in fastsds's own metadata."""
 
 import importlib.metadata
-import importlib.util
 import platform
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from fastsds import provenance
@@ -53,7 +53,7 @@ def packages() -> Iterator[Finding]:
 
 def kernels_folder() -> Iterator[Finding]:
     """The PyPI package `kernels`, which transformers, diffusers and bitsandbytes try to import, and our folder of that name."""
-    spec = importlib.util.find_spec("kernels")
+    spec = PathFinder.find_spec("kernels")  # what a first import would find
     try:
         installed = importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:

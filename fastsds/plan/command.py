@@ -154,7 +154,7 @@ def notes(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None, s
             f"DeepSpeed's zero_optimization.reduce_bucket_size, {engine.zero.reduce_bucket_size:,} elements, takes "
             f"{size(engine.width * engine.zero.reduce_bucket_size)} of every rank; {enough(planner):,} are enough"
         )
-    if deepspeed and (keys := not_counted(deepspeed, engine)):
+    if deepspeed and (keys := not_counted(deepspeed)):
         said.append(f"not counted: what {', '.join(keys)} of the DeepSpeed file move elsewhere")
     compiled = {"teacher.compile": recipe.teacher.compile, "teacher.cuda_graph": recipe.teacher.cuda_graph}
     if names := [name for name, on in {**compiled, "student.compile": recipe.student.compile}.items() if on]:

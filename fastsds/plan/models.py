@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastsds import optimizer as optimizers
-from fastsds.config import Recipe
+from fastsds.config import ConfigError, Recipe
 from fastsds.plan.measure import Law, Use, cuda_autocast, place, use, without_storage
 from fastsds.plan.states import Engine
 from fastsds.recipes.sds_clip import SDSCLIP
@@ -48,6 +48,8 @@ class StudentSizes:
         self.recipe, self.engine, self.trained, self.latent_shape = recipe, engine, trained, latent_shape
         self.parameters = {name: p.numel() for name, p in student.named_parameters()}
         self.groups = [[p.numel() for p in group["params"]] for group in optimizers.groups(student, recipe.optimizer)]
+        if not self.groups:
+            raise ConfigError("student.tune: no parameter of this student would train")
         self.frozen = [p.numel() for p in student.parameters() if not p.requires_grad]
         self.image_size, self.context_length, self.width = student.image_size, student.context_length, student.width
         self.texts = 1 if recipe.loss.negatives == "none" else 2  # captions an image

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastsds import sharding
 from fastsds.config import ConfigError, Recipe
 from fastsds.plan.models import StudentSizes, TeacherSizes
 from fastsds.plan.states import Engine, Held, held, zero_section
@@ -53,7 +54,7 @@ class Planner:
         say=lambda line: None,
     ):  # fmt: skip
         self.recipe, self.say = recipe, say
-        stage = stage_of(deepspeed)
+        stage = sharding.stage_of(deepspeed)
         if stage is None and ranks > 1:
             raise ConfigError(f"--ranks is {ranks}, and plain torch has one: name a DeepSpeed file (--config)")
         zero = None if stage is None else zero_section(deepspeed, stage)
@@ -240,9 +241,3 @@ def largest(peak, limit: float, top: int, guess: int) -> int:
             k, stuck = (low + high) // 2, 0
         k = max(low + 1, min(high - 1, k, 8 * max(low, 1) if high > top else high))
     return low
-
-
-def stage_of(deepspeed: dict | None) -> int | None:
-    from fastsds import sharding
-
-    return sharding.stage_of(deepspeed)

@@ -24,6 +24,9 @@ BLOCK = 256  # of bitsandbytes' 8-bit states: one fp32 maximum a block and momen
 SMALL = 4096  # elements under which bitsandbytes keeps fp32 moments
 MAPS = 2 * 256 * 4  # bytes of its two code books, once
 REDUCED = 500_000_000  # elements that ZeRO 0 reduces at a time
+ELSEWHERE = (
+    "offload_optimizer", "offload_param", "cpu_offload", "zero_hpz_partition_size", "zero_quantized_weights", "zenflow",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,12 @@ def zero_section(config: dict, stage: int):
         raise ConfigError(f"DeepSpeed file: zero_optimization.{key}: {wrong.split(' [')[0].strip()}") from error
 
 
-def not_counted(config: dict, engine: Engine) -> list[str]:
+def not_counted(config: dict) -> list[str]:
     """Keys of a DeepSpeed file that move memory elsewhere and that `held` knows nothing of."""
     section = config.get("zero_optimization", {})
     section = section if isinstance(section, dict) else {}
-    found = [f"zero_optimization.{key}" for key in (*OFFLOADS, "zero_hpz_partition_size", "zenflow") if section.get(key)]
-    found += [key for key in ("activation_checkpointing", "data_types", "zero_quantized_weights") if config.get(key)]
-    return found
-
-
-OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload")
+    found = [f"zero_optimization.{key}" for key in ELSEWHERE if section.get(key)]
+    return found + [key for key in ("activation_checkpointing", "data_types") if config.get(key)]
 
 
 def held(groups: list[list[int]], frozen: list[int], buffers: int, engine: Engine) -> Held:
@@ -110,49 +109,63 @@ def held(groups: list[list[int]], frozen: list[int], buffers: int, engine: Engin
     Args: groups: elements of each trained parameter, by optimizer group; frozen: of each frozen one; buffers: bytes of the
         student's buffers.
     """
-    w, n, zero = engine.width, engine.ranks, engine.zero
-    trained = sum(map(sum, groups))
-    everything = trained + sum(frozen)
-    bucket = 0
-    if engine.stage is not None and engine.stage > 0:
-        bucket = w * zero.reduce_bucket_size * zero.contiguous_gradients * (1 + (zero.overlap_comm and engine.stage < 3))
-    found = Held(host=4 * sum(frozen) + buffers if engine.stage is not None else 0)
-    stepped = [size for group in groups for size in group]  # the tensors that the optimizer steps
-    by_group = groups
-    if engine.stage in (None, 0):
-        found.weights, found.gradients = w * everything, w * trained
-        found.masters = 4 * trained if w < 4 else 0
-        found.stepping = w * trained + (4 * trained if w < 4 else 0)
-        found.reduced = w * min(trained, REDUCED) if n > 1 else 0
-    elif engine.stage in (1, 2):
-        padded = [-(-sum(group) // (2 * n)) * 2 * n for group in groups]
-        parts = [size // n for size in padded]
-        stepped, by_group = parts, [[part] for part in parts]
-        mine = w * max(sum(_overlapping(g, part, rank) for g, part in zip(groups, parts, strict=True)) for rank in range(n))
-        found.weights, found.masters = w * (sum(padded) + sum(frozen)), 4 * sum(parts)
-        found.gradients = w * trained if engine.stage == 1 else mine
-        found.bucket = bucket
-        found.second = mine if engine.stage == 2 else 0
-        found.stepping = mine + 4 * max(parts)
-    else:
-        parts = [sum(-(-size // n) for size in group) for group in groups]
-        stepped, by_group = parts, [[part] for part in parts]
-        small = [s for s in (*(s for group in groups for s in group), *frozen) if s <= zero.param_persistence_threshold]
-        kept = sum(small) if n > 1 else 0  # alone, a rank lets them go as well
-        found.weights = w * (sum(parts) + sum(-(-size // n) for size in frozen))
-        found.masters = 4 * sum(parts)
-        found.buffers = bucket + w * sum(parts) + w * kept
-        found.gathered = w * (min(everything, max(zero.max_live_parameters, kept)) - kept) if n > 1 else 0
-        found.reduced = min(bucket, w * trained) if n > 1 else 0
-        found.stepping = 4 * max(parts) - w * kept
+    w = engine.width
+    count = {None: _whole, 0: _whole, 1: _flat, 2: _flat, 3: _parted}[engine.stage]
+    found, by_group = count(groups, frozen, engine)
+    stepped = [size for group in by_group for size in group]
     found.weights += buffers
+    found.host = 4 * sum(frozen) + buffers if engine.stage is not None else 0
     found.moments = sum(_moments(size, engine.optimizer) for size in stepped)
     found.moments += MAPS * (engine.optimizer == "adamw8bit" and max(stepped) >= SMALL)
-    cast = w * max(map(sum, by_group)) if w < 4 and engine.stage else 0  # flat gradients on their way to fp32
+    cast = w * max(stepped) if w < 4 and engine.stage else 0  # flat gradients on their way to fp32
     found.stepping = max(0, found.stepping + max(cast, _step_copies(by_group, engine)))
     if engine.accumulation == 1:
         found.second = 0
     return found
+
+
+# Each returns what it holds but for moments, and what the optimizer steps: the elements of each tensor, by group.
+
+
+def _whole(groups, frozen, engine) -> tuple[Held, list[list[int]]]:
+    """Plain torch and ZeRO 0."""
+    w, trained = engine.width, sum(map(sum, groups))
+    masters = 4 * trained if w < 4 else 0  # and as much for the gradients' fp32 copies while it steps
+    reduced = w * min(trained, REDUCED) if engine.ranks > 1 else 0
+    weights, gradients = w * (trained + sum(frozen)), w * trained
+    return Held(weights, masters, gradients=gradients, reduced=reduced, stepping=gradients + masters), groups
+
+
+def _flat(groups, frozen, engine) -> tuple[Held, list[list[int]]]:
+    """ZeRO 1 and 2."""
+    w, n, zero = engine.width, engine.ranks, engine.zero
+    padded = [-(-sum(group) // (2 * n)) * 2 * n for group in groups]
+    parts = [size // n for size in padded]
+    mine = w * max(sum(_overlapping(g, part, rank) for g, part in zip(groups, parts, strict=True)) for rank in range(n))
+    two = engine.stage == 2
+    found = Held(
+        weights=w * (sum(padded) + sum(frozen)), masters=4 * sum(parts), stepping=mine + 4 * max(parts),
+        gradients=mine if two else w * sum(map(sum, groups)), second=mine if two else 0,
+        bucket=w * zero.reduce_bucket_size * zero.contiguous_gradients * (1 + bool(zero.overlap_comm)),
+    )  # fmt: skip
+    return found, [[part] for part in parts]
+
+
+def _parted(groups, frozen, engine) -> tuple[Held, list[list[int]]]:
+    """ZeRO 3. Alone, a rank gathers nothing."""
+    w, n, zero = engine.width, engine.ranks, engine.zero
+    sizes = [size for group in groups for size in group]
+    parts = [sum(-(-size // n) for size in group) for group in groups]
+    everything = sum(sizes) + sum(frozen)
+    kept = sum(size for size in (*sizes, *frozen) if size <= zero.param_persistence_threshold) if n > 1 else 0
+    live = min(everything, max(zero.max_live_parameters, kept)) if n > 1 else 0
+    bucket = w * zero.reduce_bucket_size * zero.contiguous_gradients
+    found = Held(
+        weights=w * (sum(parts) + sum(-(-size // n) for size in frozen)), masters=4 * sum(parts),
+        buffers=bucket + w * (sum(parts) + kept), gathered=w * (live - kept), stepping=4 * max(parts) - w * kept,
+        reduced=min(bucket, w * sum(sizes)) if n > 1 else 0,
+    )  # fmt: skip
+    return found, [[part] for part in parts]
 
 
 def _overlapping(sizes: list[int], part: int, rank: int) -> int:
