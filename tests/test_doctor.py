@@ -90,6 +90,8 @@ def test_a_folder_that_hides_the_package_kernels(installed, tmp_path):
         assert found.run.startswith(f"mv {tmp_path / 'kernels' / '__init__.py'} ")
         installed("kernels", "0.11.1")
         wrong(versions.kernels_folder(), "not PyPI's 0.11.1")
+        (tmp_path / "kernels-0.11.1.dist-info" / "RECORD").write_text("kernels/cli/__init__.py,,\nkernels/__init__.py,,\n")
+        assert only(versions.kernels_folder()) == Finding("kernels", OK, "PyPI's, 0.11.1")
     finally:
         sys.path.remove(str(tmp_path))
 

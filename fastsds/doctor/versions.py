@@ -71,4 +71,4 @@ def kernels_folder() -> Iterator[Finding]:
 
 def _site(name: str) -> Path | None:
     files = importlib.metadata.files(name) or ()
-    return next((Path(f.locate()).resolve().parent.parent for f in files if f.name == "__init__.py"), None)
+    return next((Path(f.locate()).resolve().parent.parent for f in files if f.as_posix() == f"{name}/__init__.py"), None)
