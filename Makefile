@@ -55,6 +55,6 @@ check:
 
 $(STAMP): setup.py constraints.txt | check
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
-	@echo "Installing into $(VENV), once: 5.5 GB on disk, about 3 minutes on a fast machine and line. Log: $(LOG)"
+	@echo "Installing into $(VENV), once: 5.9 GB on disk, about 3 minutes on a fast machine and line. Log: $(LOG)"
 	@.ci/install $(PY) $(LOG)
 	@touch $@

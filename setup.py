@@ -25,7 +25,7 @@ def data_files(package: str) -> list[str]:
             if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts]
 
 
-DATA = ["webdataset>=1,<2", "datasets>=4,<6", "pyarrow>=21"]  # shards, and Hugging Face data sets on disk
+DATA = ["webdataset>=1,<2", "braceexpand>=0.1.7", "datasets>=4,<6", "pyarrow>=21"]  # shards, and Hugging Face data sets on disk
 LOGS = ["tensorboard>=2.19", "wandb>=0.20"]
 BENCH = ["pytest>=8.1", "pytest-benchmark>=5,<6"]
 
@@ -46,6 +46,7 @@ setup(
         "torchvision>=0.26",
         "triton>=3.6,<4; platform_system == 'Linux'",
         "numpy>=1.26",
+        "packaging>=24",
         "pyyaml>=6",
         "safetensors>=0.8",
         "pillow>=11",
@@ -63,7 +64,7 @@ setup(
         # setuptools builds the wheel that the packaging tests look into
         "test": [
             *BENCH, *DATA, *LOGS,
-            "packaging>=24", "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82",
+            "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82",
         ],
         "bench": BENCH,
         "data": DATA,

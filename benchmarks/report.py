@@ -20,6 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parents[1] / "README.md"
 MACHINE = ("gpu", "torch", "triton", "threads", "python_version")
 BLOCKS = {"activations": "test_activations", "ablation": "test_ablation", "step": "test_step"}  # README's mark -> benchmark
+FED = (500, 3000)  # images/s: an `sds` step, and an `amortised` one, on one large GPU
 SPLIT = ("student", "teacher forward", "teacher backward", "loss ops", "optimizer", "data", "idle")
 
 
@@ -91,6 +92,17 @@ def side_by_side(run):
     return lines
 
 
+def feeding(runs):
+    """Providers of images: the rate of a core, and the cores that a step needs."""
+    rows = []
+    for run in runs:
+        rate = run["extra_info"]["images"] / run["stats"]["median"]
+        core = rate / run["extra_info"]["cores"]
+        needed = (f"{wanted / core:.1f}" if wanted > core / 10 else "under 0.1" for wanted in FED)
+        rows.append([run["params"]["provider"], f"{rate:,.0f}", f"{core:,.0f}", *needed])
+    return table(["", "images/s", "of a core", *(f"cores for {wanted:,} images/s" for wanted in FED)], rows)
+
+
 def heading(data):
     machine, commit = data["machine_info"], data.get("commit_info", {})
     device = machine.get("gpu") or f"CPU, {machine['threads']} thread(s)"
@@ -110,7 +122,7 @@ def page(data):
         lines += ["On the CPU the ops run their twins in plain torch: nothing here says anything of the kernels.", ""]
     cases, providers = defaultdict(dict), {}
     for run in data["benchmarks"]:
-        if "providers" in run["extra_info"]:
+        if "providers" in run["extra_info"] or "images" in run["extra_info"]:
             continue
         provider = (run["params"] or {}).get("provider", "ours")
         cases[case_name(run)][provider] = run
@@ -126,6 +138,9 @@ def page(data):
         if "providers" in run["extra_info"]:
             title = " ".join(case_name(run)).replace("_", " ").strip()
             lines += ["", f"**{title}**: {run['extra_info'].get('of', '')}".rstrip(": "), "", *side_by_side(run)]
+    fed = [run for run in data["benchmarks"] if "images" in run["extra_info"]]
+    if fed:
+        lines += ["**images from disk** to uint8 pixels", "", *feeding(fed)]
     return "\n".join(lines) + "\n"
 
 

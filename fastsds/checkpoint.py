@@ -1,8 +1,8 @@
 """Save and restore a run through safetensors alone, by parameter name, whole or not at all.
 
     OUTPUT/checkpoints/step_00000200/
-      student/                 an open_clip folder with the weights in fp32, and head.safetensors
-      optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state
+      student/                 a folder of the student's library with the weights in fp32, and head.safetensors
+      optimizer.safetensors    "NAME.exp_avg", "NAME.exp_avg_sq" (AdamW); "recipe.*": the recipe's own state; LoRA's factors
       rank_R.safetensors       8-bit AdamW only: rank R's state as it lies
       state.json               step, recipe, data, how it was sharded, commit, versions
 
@@ -23,17 +23,17 @@ from fastsds.config import ConfigError, Recipe, as_dict
 from fastsds.durable import sync
 from fastsds.engine import MOMENTS
 from fastsds.provenance import commit, versions
-from fastsds.student import HEAD_FILE, WEIGHTS_FILE, Student, save_student
+from fastsds.student import Student, beside, lora, read_student, save_student
 
 FORMAT = 2
 KEEP = 2
-EXACT = "clip.logit_scale"  # the folder holds it clamped, as CLIP does; here it is kept as it was
 FREE = (
     "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
-    "data.workers", "data.cache", "data.max_skipped", "bank.path",
+    "data.workers", "data.cache", "data.max_skipped", "bank.path", "student.checkpoint", "student.compile",
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
     "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
 )  # fmt: skip
+PLACES = ("data.source", "data.images")  # free, too, where the data themselves can be compared
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -68,7 +68,8 @@ def path_of(output: Path, step: int) -> Path:
 def save(
     output: Path, step: int, engine, student: Student, recipe: Recipe, objective, data: dict, cursors: torch.Tensor
 ) -> Path:
-    """Write one checkpoint and drop all but the last two. Collective: every rank calls; rank 0 writes the whole parts.
+    """Write one checkpoint and drop all but it and the one before it, later ones, too: the run went back. Collective: every
+    rank calls; rank 0 writes the whole parts.
 
     Args: data: "samples", how many it has, and its "identity"; None where nobody knows. cursors: of its streams.
     """
@@ -88,7 +89,7 @@ def save(
     engine.barrier()
     if engine.rank == 0:
         save_student(weights, student, partial / "student")
-        extra = {EXACT: weights[EXACT], **{f"recipe.{k}": v.detach().cpu() for k, v in own.items()}}
+        extra = beside(weights) | {f"recipe.{k}": v.detach().cpu() for k, v in own.items()}
         save_file({k: v.contiguous() for k, v in {**slots, **extra}.items()}, partial / "optimizer.safetensors")
         meta = {
             "format": FORMAT,
@@ -107,7 +108,8 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         sync(final.parent)
-        for old in steps(output)[:-KEEP]:
+        there = steps(output)
+        for old in {*there} - {*[s for s in there if s <= step][-KEEP:]}:
             shutil.rmtree(path_of(output, old))
     engine.barrier()
     return final
@@ -125,19 +127,22 @@ def find(resume: str, output: Path) -> Path:
     return path
 
 
-def load(path: Path, recipe: Recipe, samples: int | None = None) -> Saved:
-    """Read a checkpoint. Raises: ConfigError that names the file, or the recipe key that differs."""
+def load(path: Path, recipe: Recipe, data: dict) -> Saved:
+    """Read a checkpoint, to go on with these data (as `save` takes them).
+
+    Raises: ConfigError that names the file, or the recipe key that differs.
+    """
     meta = read_meta(path)
-    _same_recipe(path, meta["recipe"], as_dict(recipe))
-    if samples is not None and samples != meta["samples"]:
-        raise ConfigError(f"--resume {path}: data.source has {samples} samples, the checkpoint saw {meta['samples']}")
-    weights = {f"clip.{k}": v for k, v in _read(path / "student" / WEIGHTS_FILE).items()}
-    if (path / "student" / HEAD_FILE).is_file():
-        weights |= {f"head.{k}": v for k, v in _read(path / "student" / HEAD_FILE).items()}
+    _same_recipe(path, meta["recipe"], as_dict(recipe), FREE if data["identity"] is None else FREE + PLACES)
+    if data["samples"] not in (None, meta["samples"]):
+        raise ConfigError(f"--resume {path}: data.source has {data['samples']} samples, the checkpoint saw {meta['samples']}")
+    if data["identity"] not in (None, meta["identity"]):
+        raise ConfigError(f"--resume {path}: data.source holds other images or captions than the checkpoint saw")
     rest = _read(path / "optimizer.safetensors")
-    if EXACT not in rest:
-        raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor {EXACT} is missing")
-    weights[EXACT] = rest.pop(EXACT)
+    exact = beside(rest)
+    if "clip.logit_scale" not in exact:
+        raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor clip.logit_scale is missing")
+    weights = read_student(path / "student") | {key: rest.pop(key) for key in exact}
     own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
     return Saved(meta["step"], meta, path, weights, torch.tensor(meta["cursors"]), rest, own)
 
@@ -154,6 +159,7 @@ def read_meta(path: Path) -> dict:
 
 def put_weights(saved: Saved, student: Student, trained: list[str]) -> None:
     """Load the weights into a student that no engine holds yet. Raises: ConfigError that names the tensor."""
+    saved.weights = lora.split(student, saved.weights, f"--resume {saved.path}")
     target = student.state_dict()
     slots = {f"{n}.{m}" for n in trained for m in MOMENTS} if saved.meta["recipe"]["optimizer"]["name"] == "adamw" else set()
     for ours, theirs in ((target, saved.weights), (slots, saved.slots)):
@@ -202,10 +208,10 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"--resume {file}: {str(error).splitlines()[0]}") from error
 
 
-def _same_recipe(path: Path, then: dict, now: dict) -> None:
+def _same_recipe(path: Path, then: dict, now: dict, free: tuple[str, ...]) -> None:
     then, now = _flat(then), _flat(now)
     for key in [*now, *(k for k in then if k not in now)]:
-        if key not in FREE and then.get(key) != now.get(key):
+        if key not in free and then.get(key) != now.get(key):
             hint = "; the cosine runs to `steps`, so it cannot change half-way" if key == "steps" else ""
             raise ConfigError(
                 f"--resume {path}: {key} is {json.dumps(now.get(key))}, the checkpoint was made with "

@@ -7,8 +7,11 @@ from fastsds.config import ConfigError
 
 COMMANDS = {
     "bank": ("fastsds.teacher.bank", "build: ask the teacher once about a data set, for training from its targets alone"),
+    "check-teacher": ("fastsds.check_teacher", "does the teacher read captions, at which noise: go or no-go before training"),
     "demo": ("fastsds.demo", "train the embedded world with and without the teacher, and compare the two"),
+    "doctor": ("fastsds.doctor", "what of this machine works, and a line to run for each thing that does not"),
     "export": ("fastsds.export", "a trained student as an open_clip or transformers folder, checked, with a model card"),
+    "plan": ("fastsds.plan.command", "what a recipe needs: bytes of a rank, FLOP, images/s, the bank, the largest batch"),
     "report": ("fastsds.report", "draw runs: curves, residual by noise band, evaluations with intervals"),
     "train": ("fastsds.train", "train a recipe; with several ranks use `deepspeed fastsds/train.py`"),
 }
@@ -16,7 +19,8 @@ COMMANDS = {
 
 def usage() -> str:
     lines = ["usage: fastsds COMMAND [arguments]", "", "commands (fastsds COMMAND --help says more):"]
-    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines += [f"  {name:<{width}} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(lines)
 
 

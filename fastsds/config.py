@@ -31,10 +31,20 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = 8
+    alpha: float = 16.0                 # the product is scaled by alpha / rank
+    targets: tuple[str, ...] = ("*attn*weight",)    # patterns of matrices' names
+
+
+@dataclass(frozen=True)
 class StudentConfig:
-    model: str = "world"                # "world", a folder written by open_clip or fastsds, or an open_clip name
-    pretrained: str | None = None       # open_clip tag or file, for an open_clip name
-    tune: Literal["layernorm", "all"] = "all"
+    model: str = "world"                # "world", a folder of open_clip's or transformers', an open_clip name, hf-hub:ORG/NAME
+    pretrained: str | None = None       # a tag, a file or hf-hub:ORG/NAME, for an open_clip name
+    tune: Literal["layernorm", "all", "lora"] | tuple[str, ...] = "all"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    checkpoint: bool = False
+    compile: Literal["default", "max-autotune"] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,12 +153,13 @@ class Recipe:
 # key: (test, what is expected). A value of null or "auto" has no range.
 _RANGES = {}
 for _keys, _test, _text in (
-    ("data.batch data.accumulation data.streams data.samples head.samples bank.draws loss.sds_every log_every eval.items",
-     lambda v: v >= 1, "at least 1"),
+    ("data.batch data.accumulation data.streams data.samples head.samples bank.draws loss.sds_every log_every eval.items "
+     "student.lora.rank", lambda v: v >= 1, "at least 1"),
     ("steps head.warmup_steps head.ridge teacher.micro_batch bank.refresh_every data.workers loss.lambda "
      "optimizer.weight_decay optimizer.warmup optimizer.clip checkpoint_every eval.every", lambda v: v >= 0, "at least 0"),
     ("data.max_skipped", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("loss.rho optimizer.lr optimizer.head_lr optimizer.eps", lambda v: v > 0, "greater than 0"),
+    ("loss.rho optimizer.lr optimizer.head_lr optimizer.eps student.lora.alpha", lambda v: v > 0, "greater than 0"),
+    ("student.tune student.lora.targets", lambda v: len(v) and all(map(str.strip, v)), "at least one pattern, none empty"),
     ("seed bank.seed", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
@@ -189,6 +200,8 @@ def _parse(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
+        if "alias" in problem or "'*'" in problem:
+            problem += "; a text that begins with * is put in quotes"
         raise ConfigError(f"{origin}{where}: {problem}") from None
 
 
@@ -232,7 +245,7 @@ def _describe(kind) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_describe(k) for k in get_args(kind))
     if get_origin(kind) is tuple:
-        return f"a list of {len(get_args(kind))} numbers"
+        return "a list of texts" if get_args(kind)[-1] is ... else f"a list of {len(get_args(kind))} numbers"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 
@@ -248,8 +261,11 @@ def _convert(value, kind):
         if isinstance(value, str) and value in get_args(kind):
             return value
     elif get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)):
-            return tuple(_convert(v, k) for v, k in zip(value, get_args(kind), strict=True))
+        kinds = get_args(kind)
+        if isinstance(value, (list, tuple)):
+            kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+            if len(value) == len(kinds):
+                return tuple(_convert(v, k) for v, k in zip(value, kinds, strict=True))
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -416,6 +432,10 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
             raise ConfigError(f"{key} is {_show(wanted)}, and the package {package} is missing: "
                               "pip install 'fastsds[logs]'")
     config = deepspeed_json or {}
+    zero = config.get("zero_optimization")
+    if recipe.student.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+        raise ConfigError(f"student.compile is {_show(recipe.student.compile)}; expected null with ZeRO 3, whose linear layer "
+                          "torch.compile differentiates wrongly; ZeRO 0 to 2 compile")
     for key, expected, reason in (
         ("train_micro_batch_size_per_gpu", batch // world_size, f"data.batch {batch} / {world_size} ranks"),
         ("gradient_accumulation_steps", accumulation, "data.accumulation"),

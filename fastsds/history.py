@@ -1,5 +1,6 @@
 """A run that is over, or still running, read back from its folder: what it logged, and its evaluations with intervals."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastsds.evaluation import world_suite
 from fastsds.evaluation.statistics import RESAMPLES, paired_bootstrap
 from fastsds.metrics import read
 
+ROW = {"split", "step"}
 BAND = re.compile(r"(residual|weighted)/(-?[\d.]+)_(-?[\d.]+)$")
 
 
@@ -93,7 +95,14 @@ def read_run(folder: str | Path, name: str = "", until: int | None = None) -> Ru
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"{folder}: no metrics.jsonl in it; expected the output folder of a run")
-    rows = [row for row in read(path) if until is None or row["step"] <= until]
+    try:
+        rows = read(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not ROW <= row.keys() or (row["split"] == "eval" and "suite" not in row):
+            raise ConfigError(f"{path}: not a run's: row {number} is {json.dumps(row):.60}")
+    rows = [row for row in rows if until is None or row["step"] <= until]
     if not rows:
         raise ConfigError(f"{path}: no whole row in it; the run has logged nothing yet")
     of = {split: [row for row in rows if row["split"] == split] for split in ("train", "eval")}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastsds.config import ConfigError, Recipe, as_dict, dump_recipe
 from fastsds.progress import EVERY, clock
+from fastsds.student import count_trained, size
 
 
 class Metrics:
@@ -90,8 +91,10 @@ class Metrics:
 
 
 def counts(student, trained: list[str]) -> str:
-    sizes = {name: parameter.numel() for name, parameter in student.named_parameters()}
-    return f"{sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters train"
+    groups = count_trained(student, trained)
+    listed = ", ".join(f"{group} {elements:,} in {tensors}" for group, (tensors, elements) in groups.items())
+    total = sum(size(parameter) for parameter in student.parameters())
+    return f"{sum(elements for _, elements in groups.values()):,} of {total:,} parameters train ({listed} tensors)"
 
 
 def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, stage: int | None) -> str:
@@ -99,14 +102,17 @@ def describe(recipe: Recipe, student, trained, teacher, source, world_size: int,
     data, steps = recipe.data, recipe.steps
     frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
     engine = "plain torch" if stage is None else f"ZeRO {stage}"
-    images = data.batch * data.accumulation
+    images, epochs = data.batch * data.accumulation, ""
+    if hasattr(source, "__len__"):  # a pipe is not counted beforehand
+        epochs = f" = {images * steps / len(source):.2f} epochs of {len(source):,}"
     return (
         f"{dump_recipe(recipe)}\n"
         f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
+        f"trained:\n{''.join(f'  {name}{chr(10)}' for name in trained)}"
         f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
         f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
         f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"
-        f"{steps} steps = {images * steps:,} images = {images * steps / len(source):.2f} epochs of {len(source):,}\n"
+        f"{steps} steps = {images * steps:,} images{epochs}\n"
         f"dry run: nothing was written"
     )
 

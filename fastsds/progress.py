@@ -1,8 +1,10 @@
 """One line that says how far a long job is."""
 
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 EVERY = 5.0  # seconds between lines where the output is no terminal
 
@@ -34,6 +36,17 @@ class Line:
         if self.width:
             print("\r" + " " * self.width + "\r", end="", file=self.stream, flush=True)
             self.width = 0
+
+
+def watched(items: Iterable, text: str) -> Iterator:
+    """The items one after another; where that takes longer than a few seconds, rank 0 says how many it has had."""
+    began, line, first = time.monotonic(), Line(sys.stderr), os.environ.get("RANK", "0") == "0"
+    of = f" of {len(items):,}" if hasattr(items, "__len__") else ""
+    for k, item in enumerate(items):
+        if first and time.monotonic() - began > EVERY:
+            line.say(f"{text}: {k:,}{of}")
+        yield item
+    line.end()
 
 
 def clock(seconds: float) -> str:

@@ -19,7 +19,7 @@ def provenance() -> dict:
 def commit() -> str:
     """The commit of the source tree, "-dirty" where it was changed; "unknown" of an installed package."""
     root = Path(fastsds.__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     if not (root / ".git").exists():  # not whatever repository an installed package happens to lie in
         return "unknown"
     try:

@@ -9,6 +9,7 @@ spawned"). It is a process of its own that runs before this package is imported.
 import contextlib
 import logging
 import os
+import warnings
 
 NOISE = (
     # logger                            beginning of the message                    why nobody can act on it
@@ -36,9 +37,13 @@ def verbose() -> bool:
 
 
 def install() -> None:
-    """Put one filter on each logger in `NOISE`. Imports none of the packages; safe to call twice."""
+    """Put one filter on each logger in `NOISE`, and one on Pillow's warnings: it has one for many an image, and reads it.
+
+    Imports none of the packages; safe to call twice.
+    """
     if verbose():
         return
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in {name for name, _ in NOISE}:
         logger = logging.getLogger(name)
         if not any(isinstance(f, _Drop) for f in logger.filters):

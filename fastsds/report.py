@@ -131,6 +131,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="report", metavar="DIR", help="where the PNG files go (default: report)")
     args = parser.parse_args(argv)
     runs, out = read_runs(args.runs), Path(args.out)
+    if not any(run.train or run.evaluations for run in runs):
+        raise ConfigError(f"{', '.join(args.runs)}: nothing to draw yet")
     try:
         out.mkdir(parents=True, exist_ok=True)
         written = [path for name, draw in figures.OF_RUNS.items() if (path := draw(out / name, runs))]

@@ -111,12 +111,10 @@ def run(args: argparse.Namespace) -> int:
     # Where the run starts: a checkpoint, or the head's initialisation.
     objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch,
                         bank and bank.log_snr)
-    saved = checkpoint.load(resume, recipe, count) if resume else None
+    saved = checkpoint.load(resume, recipe, about) if resume else None
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
         checkpoint.put_weights(saved, student, trained)
-        if rank == 0 and output.resolve() in resume.resolve().parents:
-            SkipLog(output).go_back(saved.cursors)  # make_engine waits for it
     evaluate = make_evaluation(recipe, student)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
@@ -132,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         started = init_head(student, teacher, whole, recipe, source, latents=latents, rank=rank)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
+    if saved is not None and rank == 0 and output.resolve() in resume.resolve().parents:
+        SkipLog(output).go_back(saved.cursors)  # make_engine waits for it
     engine = sharding.make_engine(student, recipe, sharded)
     start = 0
     if saved is not None:
@@ -164,7 +164,8 @@ def run(args: argparse.Namespace) -> int:
         measure(0)
     images = data.batch * data.accumulation
     places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
-    loader = batches(running, report=SkipLog(output), first=start * images, cursors=saved and saved.cursors)
+    skips = SkipLog(output)
+    loader = batches(running, report=skips, refuse=stop.refuse, first=start * images, cursors=saved and saved.cursors)
     with stop, profiling.trace(output, args.profile, start, recipe.steps, rank) as mark:
         for (batch, cursors), (step, micro) in zip(ahead(loader, len(places), data.workers), places, strict=True):
             last = micro == data.accumulation - 1
@@ -195,11 +196,15 @@ def run(args: argparse.Namespace) -> int:
             if stopped or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < recipe.steps):
                 where = save(done, cursors)
             if stopped and done < recipe.steps:
-                metrics.note(f"stopped after step {done}; {where} is complete: same command with --resume latest goes on")
+                refused = engine.any(stop.why is not None)
                 engine.close()
+                if refused:
+                    why = stop.why or f"data.max_skipped is {data.max_skipped}, and more cannot be used: see {skips.path}"
+                    raise ConfigError(f"{where} is complete, and --resume latest goes on where more may be skipped; {why}")
+                metrics.note(f"stopped after step {done}; {where} is complete: same command with --resume latest goes on")
                 return INTERRUPTED
 
-    # The end: the student as an open_clip folder.
+    # The end: the student as a folder of its library.
     if start < recipe.steps:
         measure(recipe.steps)
         save(recipe.steps, cursors)
@@ -208,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         save_student(weights, student, output / "student")
         if bank:
             bank.close()
-        metrics.note(f"done: {output / 'student'} (open_clip local-dir:), {metrics.path}")
+        metrics.note(f"done: {output / 'student'} ({student.family.loads}), {metrics.path}")
     engine.barrier()
     engine.close()
     return 0
@@ -226,10 +231,10 @@ def make_deterministic(device: torch.device) -> None:
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once. why: what the data end it for."""
 
     def __init__(self):
-        self.asked, self.before = False, {}
+        self.asked, self.why, self.before = False, None, {}
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -239,6 +244,9 @@ class Interrupt:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def refuse(self, why: str):
+        self.asked, self.why = True, why
 
     def ask(self, number, frame):
         if self.asked and number == signal.SIGINT:

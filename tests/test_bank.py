@@ -311,12 +311,12 @@ def test_a_head_is_solved_for_from_the_banks_latents(base, built, tmp_path, monk
 
 
 def test_refreshed_targets_are_new_and_a_resumed_run_makes_them_again(base, built, tmp_path, monkeypatch):
-    """refresh_every = K makes generation g from draws g K .. g K + K - 1; two generations at most are kept."""
-    sets, before = (f"bank.refresh_every={DRAWS}", "steps=20", "checkpoint_every=8"), files(built[1])
-    fixed = train(base, built[1], tmp_path / "fixed", "steps=20")
+    """refresh_every = K makes generation g from draws g K .. g K + K - 1; the last that is read is kept, and the one before."""
+    sets, before = (f"bank.refresh_every={DRAWS}", "steps=21", "checkpoint_every=8"), files(built[1])
+    fixed = train(base, built[1], tmp_path / "fixed", "steps=21")
     kept = []
     monkeypatch.setattr(bank.Bank, "close", lambda self: kept.extend(path.name for path in self.refreshed.iterdir()))
-    rows = train(base, built[1], tmp_path / "run", *sets)  # 20 x 32 images = 9.1 epochs of 70
+    rows = train(base, built[1], tmp_path / "run", *sets)  # 21 x 32 images = 9.6 epochs of 70
     assert sorted(kept) == ["generation_0002", "generation_0003"] and files(built[1]) == before
     for ours, theirs in zip(rows, fixed, strict=True):
         assert (ours["sds"] == theirs["sds"]) == (ours["step"] * 32 / ROWS <= DRAWS), ours["step"]
@@ -350,6 +350,37 @@ def test_all_ranks_make_new_targets_at_the_same_batch(base, built, tmp_path, mon
     assert not Shards.open(tmp_path / "bank" / "generation_0001").missing()
     fixed = opened(recipe_of(base, built[1]))
     fixed.reach(DRAWS)  # the same targets for the whole run: nothing to make, and nobody who could
+
+
+@pytest.mark.parametrize(("streams", "damaged"), [(4, 1), (64, 4)])
+def test_damaged_images_make_no_rank_work_alone_nor_anything_twice(base, tmp_path, monkeypatch, streams, damaged):
+    """They bring the streams into an epoch sooner than their positions say, and some streams before others."""
+    from PIL import Image
+
+    rows = ["filepath\ttitle"]
+    for i, image in enumerate(tiny.pixels(70)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.bmp")
+        rows.append(f"{i}.bmp\ta red ring, number {i}")
+    for i in range(damaged):
+        (tmp_path / f"{7 * i}.bmp").write_bytes(b"not an image")
+    (tmp_path / "data.tsv").write_text("\n".join(rows) + "\n")
+    sets = (f"data.source={tmp_path / 'data.tsv'}", "data.samples=null", "data.batch=16", "data.accumulation=1", "steps=36",
+            "bank.draws=1", "bank.refresh_every=1", "data.max_skipped=0.1", f"data.streams={streams}")  # fmt: skip
+    made(base, tmp_path / "bank", *sets)
+    filled, read, fill, targets = [], [], bank.fill_generation, bank.Bank.targets
+    monkeypatch.setattr(bank, "fill_generation", lambda parent, cache, teacher, g, *rest: (
+        filled.append(g), fill(parent, cache, teacher, g, *rest)))  # fmt: skip
+
+    def watched(self, ids, visits, samples):
+        before = len(filled)
+        found = targets(self, ids, visits, samples)
+        read.append(len(filled) - before)
+        return found
+
+    monkeypatch.setattr(bank.Bank, "targets", watched)
+    train(base, tmp_path / "bank", tmp_path / "run", *sets)
+    assert filled == sorted(set(filled)) and filled[-1] >= 8
+    assert streams == 64 or not any(read)  # all by `reach`, which every rank calls at the same batch
 
 
 def test_a_bank_in_the_runs_own_folder_outlives_the_run(base, built, tmp_path):

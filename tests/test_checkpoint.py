@@ -40,6 +40,18 @@ def test_the_last_two_are_kept(done):
     assert sorted(os.listdir(checkpoint.folder(done))) == ["step_00000006", "step_00000008"]
 
 
+def test_a_run_that_goes_back_leaves_its_later_checkpoints_behind(base, run, monkeypatch):
+    """As it does their rows: else `--resume latest` would go on from steps that are in no row."""
+    import test_resume
+
+    test_resume.stop_at(monkeypatch, 7)
+    assert resume(base, run, at=runs.at(run, 6)) == 130
+    assert checkpoint.steps(run) == [6, 7]
+    monkeypatch.undo()
+    assert resume(base, run) == 0 and checkpoint.steps(run) == [7, 8]
+    assert [row["step"] for row in runs.rows(run)] == list(range(1, 9))
+
+
 def test_what_is_in_one(done):
     path = runs.at(done, 8)
     assert sorted(p.name for p in path.iterdir()) == ["optimizer.safetensors", "state.json", "student"]
@@ -170,9 +182,15 @@ def test_a_damaged_checkpoint_is_refused(base, run, capfd, damage, word):
 
 
 def test_other_data_is_refused(done):
-    recipe = load_recipe(None, ["steps=8"])
-    with pytest.raises(ConfigError, match="seed|student.model|samples"):
-        checkpoint.load(runs.at(done, 8), recipe, samples=5)
+    path = runs.at(done, 8)
+    state = json.loads((path / "state.json").read_text())
+    data, recipe = {key: state[key] for key in ("samples", "identity")}, load_recipe(done / "recipe.yaml")
+    assert checkpoint.load(path, recipe, data).step == 8
+    assert checkpoint.load(path, recipe, {"samples": None, "identity": None}).step == 8  # nobody knows
+    with pytest.raises(ConfigError, match=f"data.source has 5 samples, the checkpoint saw {data['samples']}"):
+        checkpoint.load(path, recipe, {**data, "samples": 5})
+    with pytest.raises(ConfigError, match="data.source holds other images or captions"):
+        checkpoint.load(path, recipe, {**data, "identity": "others"})
 
 
 def test_nothing_is_unpickled(done):

@@ -1,12 +1,15 @@
 """The walk and its streams, batches, and what is done about damaged samples."""
 
+import io
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from fastsds import quiet
 from fastsds.config import ConfigError, DataConfig
 from fastsds.data import Batch, Samples, Source
 from fastsds.data.cache import PixelCache
@@ -134,6 +137,30 @@ def test_rows_of_what_a_resumed_run_meets_again_are_dropped(tmp_path):
     for _ in range(13):
         next(again)
     assert log.path.read_text() == whole
+
+
+def test_a_row_that_was_cut_off_is_no_hindrance(tmp_path):
+    log = SkipLog(tmp_path)
+    for cursor in (1, 5):
+        log({"stream": 0, "cursor": cursor, "id": 3})
+    whole = log.path.read_text()
+    log.path.write_text('{"stream": 0, "cur\n' + whole + '{"stream": 1')  # a full disk, a power cut
+    log.go_back(torch.tensor([9, 9]))
+    assert log.path.read_text() == whole
+
+
+def test_a_sample_that_all_ranks_met_is_in_the_list_once():
+    """With shuffled captions every rank reads the whole batch; else a rank meets its own streams alone."""
+    source, how = Numbers(50, (3, 17, 31)), {"max_skipped": 0.9}
+    for shuffled in (False, True):
+        found = {}
+        for world in (1, 2):
+            rows = found[world] = []
+            for rank in range(world):
+                batches = loader(source, rank=rank, world=world, report=rows.append, shuffled=shuffled, **how)
+                for _ in range(20):
+                    next(batches)
+        assert sorted(found[2], key=str) == sorted(found[1], key=str) and len(found[1]) > 5
 
 
 def test_the_last_epoch_of_a_batch():
@@ -268,6 +295,74 @@ def test_decoding_is_open_clips_evaluation_transform(photographs):
         assert torch.equal(decode_image(file.read_bytes(), [48])[0], expected), file
 
 
+MODES = {  # how an image of mode RGB is kept, and what its file says besides
+    "palette": ("P", "png", {}),
+    "palette, one transparent": ("P", "png", {"transparency": 3}),
+    "palette, each more or less transparent": ("P", "png", {"transparency": bytes(range(200))}),
+    "palette, frames": ("P", "gif", {"save_all": True}),
+    "alpha": ("RGBA", "png", {}),
+    "grey and alpha": ("LA", "png", {}),
+    "grey, one transparent": ("L", "png", {"transparency": 100}),
+    "16 bits": ("I;16", "png", {}),
+    "black and white": ("1", "png", {}),
+    "CMYK": ("CMYK", "jpeg", {}),
+    "YCbCr": ("YCbCr", "tiff", {}),
+    "floats": ("F", "tiff", {}),
+    "turned": ("RGB", "jpeg", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_of_any_mode_is_what_open_clips_evaluation_transform_makes_of_it(mode):
+    """That resizes in the image's own mode, and converts what is left: palettes have no colours between theirs."""
+    import open_clip
+    from PIL import Image
+
+    kind, form, how = MODES[mode]
+    numbers = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
+    image = Image.fromarray(numbers, "RGBA").resize((130, 90), Image.Resampling.BICUBIC)
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), dtype=np.uint16) * 257)
+    elif kind != "RGBA":
+        image = image.convert("LA" if kind == "LA" else "RGB").convert(kind)
+    frames = {"append_images": [image.rotate(90)]} if "save_all" in how else {}
+    file = io.BytesIO()
+    image.save(file, form, **how, **frames)
+    preprocess = open_clip.image_transform(48, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    expected = (preprocess(Image.open(file)) * 255).round().to(torch.uint8)
+    assert torch.equal(decode_image(file.getvalue(), [48])[0], expected) and expected.float().std() > 10
+
+
+def test_an_image_that_pillow_fails_on_in_whatever_way_has_one_reason():
+    from PIL import Image
+
+    image, whole = Image.new("RGB", (64, 8)), {}
+    for form in ("dds", "avif", "png"):
+        file = io.BytesIO()
+        (image if form != "png" else image.resize((65000, 1))).save(file, form)
+        whole[form] = bytearray(file.getvalue())
+    whole["dds"][80:84] = bytes(4)  # of no pixel format: NotImplementedError
+    whole["avif"] = whole["avif"][:300]  # RuntimeError
+    for content in whole.values():  # the last is whole, but would take 8 GiB to resize
+        with pytest.raises(ValueError, match=r"not a readable image \("):
+            decode_image(bytes(content), [224])
+
+
+def test_pillow_does_not_warn_of_each_image(monkeypatch):
+    from PIL import Image
+
+    files = [io.BytesIO(), io.BytesIO()]
+    Image.new("P", (40, 40)).save(files[0], "png", transparency=bytes(range(100)))
+    Image.new("L", (60, 40)).save(files[1], "png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1700)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet.install()
+        for file in files:
+            decode_image(file.getvalue(), [16])
+    assert not [str(one.message) for one in said]
+
+
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (33, 33), (10, 11), (1, 64)])
 def test_odd_sizes(tmp_path, shape):
     from PIL import Image
@@ -300,7 +395,8 @@ def test_images_folder_and_extra_columns(photographs, tmp_path):
         ),
         ("filepath\ttitle\n", "no images"),
         ("", "row 1: column filepath"),
-        ('filepath\ttitle\nimages/coffee.png\t"open\n', "not a tab-separated"),
+        ('filepath\ttitle\nx.png\ty\nimages/coffee.png\t"open\nx.png\ty\n', "row 3: not tab-separated: .*end of data.*quot"),
+        ('filepath\ttitle\n\nimages/coffee.png\t"Stop" it says\n', "row 3: not tab-separated: .*expected.*quot"),
     ],
 )
 def test_a_bad_table_names_file_row_and_column(photographs, text, message):
@@ -320,6 +416,9 @@ def test_bad_files(photographs, tmp_path):
     photographs.write_bytes(b"filepath\ttitle\n\xff\xfe\t\xff\n")
     with pytest.raises(ConfigError, match="UTF-8"):
         opened(photographs)
+    (tmp_path / "folder.tsv").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.tsv: Is a directory"):
+        opened(tmp_path / "folder.tsv")
 
 
 def test_a_damaged_image_and_a_missing_caption_are_named_and_harm_no_other(photographs):
@@ -389,6 +488,29 @@ def test_a_torn_cache_is_decoded_anew_and_that_of_other_data_refused(photographs
         opened(photographs, cache=str(photographs.parent / "images"))
     with pytest.raises(ConfigError, match="GiB more"):
         PixelCache(tmp_path / "vast", "x", 1 << 24).get(0, [224])
+
+
+FULL = """
+import resource, sys, warnings
+import torch
+from fastsds.config import DataConfig
+from fastsds.data.sources import open_source
+source = open_source(DataConfig(source=sys.argv[1], cache=sys.argv[2]))
+load = lambda: source.load(torch.arange(5), torch.zeros(5, dtype=torch.long), 32).pixels
+source.cache._open(32)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 3 * 32 * 32 + 100, -1))  # as on a full disk: bytes past it are refused
+first = load()
+assert torch.equal(first, load())
+print(sum(source.cache.get(i, [32]) is not None for i in range(5)))
+"""
+
+
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(photographs, tmp_path, python):
+    done = python("-c", FULL, photographs, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3\n" and done.stderr.count("no more images are kept") == 1
+    plain = load(opened(photographs), range(5))
+    assert torch.equal(load(opened(photographs, cache=str(tmp_path / "cache")), range(5)).pixels, plain.pixels)
 
 
 def test_a_table_may_name_images_anywhere_and_still_says_what_it_is(photographs, tmp_path):

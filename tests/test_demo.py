@@ -66,6 +66,25 @@ def test_first_line_says_what_differs():
     assert "log SNR" in report.settings_line(load_recipe(None, ["loss.t=null", "loss.log_snr=[-3, 1]"]), (4, 8, 8), 32, "x")
 
 
+def test_a_tag_takes_no_commits_place(tmp_path, monkeypatch):
+    """`git describe` names the nearest annotated tag, and a release has one."""
+    import fastsds
+    from fastsds.provenance import commit
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "fastsds").mkdir()
+    (tmp_path / "fastsds" / "__init__.py").touch()
+    for words in (("init",), ("add", "."), ("commit", "-m", "one"), ("tag", "-a", "v1", "-m", "one")):
+        git(*words)
+    monkeypatch.setattr(fastsds, "__file__", str(tmp_path / "fastsds" / "__init__.py"))
+    assert commit() == git("rev-parse", "HEAD")
+    (tmp_path / "fastsds" / "__init__.py").write_text("changed")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
 def test_provenance():
     source = provenance()
     assert set(source) == {"commit", "versions", "machine"} and "cores" in source["machine"]

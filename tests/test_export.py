@@ -278,12 +278,45 @@ def test_the_card_has_the_runs_results_with_their_n_and_intervals(tmp_path):
         ("ViT-B/32", "openai", "timm/vit_base_patch32_clip_224.openai", "`ViT-B/32`, `openai`"),
         ("ViT-B-32", "/home/someone/mine.pt", None, "`ViT-B-32`, `mine.pt`"),
         ("/home/someone/clip", None, None, "`clip`"),
+        ("local-dir:/home/someone/clip", None, None, "`local-dir:clip`"),
         ("world", None, None, "embedded world"),
     ],
 )
 def test_what_training_started_from(model, pretrained, repo, words):
     found, said = card.base_model({"student": {"model": model, "pretrained": pretrained}})
     assert found == repo and words in said and "someone" not in said
+
+
+def test_no_folder_and_no_command_of_the_machine_is_in_a_card(run, tmp_path):
+    state = origin.find(run)
+    state.recipe["student"]["model"] = "local-dir:/home/someone/clip"
+    state.recipe["data"]["source"] = "pipe:/opt/secret/curl -H 'key: 1234' https://example.org/{000..999}.tar"
+    state.recipe["output"] = "../../someone/run"
+    (tmp_path / "config.json").write_text('{"architectures": ["CLIPModel"]}')
+    card.write(tmp_path, "mine", "hf", state, 0.0, converted=False)
+    text = (tmp_path / "README.md").read_text()
+    assert "local-dir:clip" in text and text.count("pipe:curl ...") == 2 and "output: run\n" in text
+    assert not [word for word in ("someone", "secret", "1234", "example.org") if word in text]
+
+
+def test_a_run_that_went_back_has_the_state_of_the_student_that_it_finished(run, tmp_path):
+    """A run that is done, gone back and stopped: student/ is still what it was at its end."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(runs.at(tmp_path / "run", 4))
+    found = origin.find(tmp_path / "run")
+    assert found.state is None and found.recipe["steps"] == 4
+    assert origin.find(run).state["step"] == 4
+
+
+def test_an_earlier_suite_is_not_compared_with_a_later_one(tmp_path):
+    argv = runs.sets("data.batch=8", "steps=2", "eval.every=0", "eval.items=4", "checkpoint_every=1", "log_every=1")
+    assert runs.train(*argv, "--output", tmp_path / "run") == 0
+    how = [*argv, *runs.sets("eval.suite=world_test"), "--output", tmp_path / "run", "--resume", runs.at(tmp_path / "run", 1)]
+    assert runs.train(*how) == 0
+    assert [row["suite"] for row in runs.rows(tmp_path / "run", "eval")] == ["world_dev", "world_test"]
+    assert command(tmp_path / "run", "open_clip", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| step 2 | step 2 |" in text and "step 0" not in text
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -383,7 +416,7 @@ def test_a_text_tower_that_lies_elsewhere_is_refused(students, tmp_path):
         export._open_clip(source, None, tmp_path / "out")
 
 
-def test_bad_input_gets_one_error_and_touches_nothing(run, students, tmp_path, capfd):
+def test_bad_input_gets_one_error_and_touches_nothing(run, students, tmp_path, monkeypatch, capfd):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
     (tmp_path / "empty").mkdir()
@@ -391,8 +424,16 @@ def test_bad_input_gets_one_error_and_touches_nothing(run, students, tmp_path, c
     shutil.rmtree(unfinished / "student")
     broken = shutil.copytree(runs.at(run, 4), tmp_path / "broken")
     (broken / "state.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "empty")
+    recipes = {"yaml": "a: [1", "nothing": "", "other": "steps: 4\n"}
+    for name, text in recipes.items():
+        shutil.copytree(run, tmp_path / name)
+        (tmp_path / name / "recipe.yaml").write_text(text)
     before = sorted(tmp_path.rglob("*"))
     for argv, word in (
+        ([tmp_path / "yaml", "hf", tmp_path / "out"], "yaml/recipe.yaml: while parsing"),
+        *(([tmp_path / name, "hf", tmp_path / "out"], "recipe.yaml: not a run's recipe") for name in ("nothing", "other")),
+        ([students("gelu"), "hf", "."], "has no name"),
         ([students("gelu"), "hf", tmp_path / "full"], "is there and not empty"),
         ([students("gelu"), "hf", tmp_path / "full" / "note"], "is there and not empty"),
         ([students("gelu"), "hf", tmp_path / "out", "--head"], "has no head.safetensors"),

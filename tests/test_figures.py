@@ -117,7 +117,17 @@ def test_bad_input_gets_one_error(folders, tmp_path, capfd):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "metrics.jsonl").write_text('{"split": "tra')
     (tmp_path / "file").write_text("")
+    others = {
+        "row": b'{"loss": 1.0}\n', "list": b"[1, 2]\n", "suite": b'{"split": "eval", "step": 2, "text": 1.0}\n',
+        "bytes": b"\xff\xfe", "head": b'{"split": "head", "step": 0, "init": "ridge"}\n',
+    }  # fmt: skip
+    for name, content in others.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes(content)
     for argv, word in (
+        *(([tmp_path / name], f"{name}/metrics.jsonl: not a run's: row 1") for name in ("row", "list", "suite")),
+        ([tmp_path / "bytes"], "bytes/metrics.jsonl: 'utf-8' codec"),
+        ([tmp_path / "head", "--out", tmp_path / "head-report"], "nothing to draw yet"),
         ([tmp_path / "empty"], "empty: no metrics.jsonl"),
         ([tmp_path / "cut"], "no whole row"),
         ([folders[0], folders[0]], "named twice"),
@@ -126,6 +136,7 @@ def test_bad_input_gets_one_error(folders, tmp_path, capfd):
         assert cli.main(["report", *map(str, argv)]) == 2
         error = capfd.readouterr().err.strip().splitlines()
         assert len(error) == 1 and error[0].startswith("error: ") and word in error[0]
+    assert not (tmp_path / "head-report").exists()
     with pytest.raises(ConfigError):
         history.read_run(tmp_path / "nowhere")
 

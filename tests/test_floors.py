@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "provenance", "durable", "config", "hub", "testing"),
+    ("quiet", "progress", "provenance", "durable", "config", "weights", "hub", "testing"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),
@@ -18,7 +18,7 @@ FLOORS = (
     ("history",),
     ("figures",),
     ("sharding", "checkpoint", "report"),
-    ("train", "comparison", "export"),
+    ("train", "comparison", "export", "check_teacher", "plan", "doctor"),
     ("demo",),
     ("cli",),
 )

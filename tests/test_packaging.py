@@ -171,9 +171,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, root):
     assert {n for n in names if n.endswith(".py")} == python_files
     data = {f"fastsds/{p.relative_to(root)}" for p in (root / "configs").iterdir() if p.is_file()}
     data |= {str(p.relative_to(root)) for p in (root / "fastsds/world/weights").rglob("*") if p.is_file()}
-    data |= {str(p.relative_to(root)) for p in (root / "fastsds/evaluation/suites").glob("*.txt")}
-    assert data >= {f"fastsds/configs/zero{n}.json" for n in range(4)} | {
-        "fastsds/configs/world.yaml", "fastsds/evaluation/suites/symmetric_relations.txt"}
+    assert data >= {f"fastsds/configs/zero{n}.json" for n in range(4)} | {"fastsds/configs/world.yaml"}
     assert data <= set(names)
     assert any("licenses/LICENSE" in n or n.endswith("/LICENSE") for n in names)
 
@@ -197,7 +195,7 @@ def imported(folder: Path) -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("folders, extras", [(("fastsds", "kernels"), {"", "data"}), (("tests",), {"", "test"}),
+@pytest.mark.parametrize("folders, extras", [(("fastsds", "kernels"), {"", "data", "logs"}), (("tests",), {"", "test"}),
                                              (("benchmarks",), {"", "bench"})])
 def test_everything_imported_is_required(folders, extras, metadata, root):
     requirements = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
@@ -205,7 +203,7 @@ def test_everything_imported_is_required(folders, extras, metadata, root):
                 if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)}
     owners = importlib.metadata.packages_distributions()
     local = {"fastsds"} | {p.stem for folder in folders for p in (root / folder).glob("*.py")}
-    optional = {"wandb", "kernels", "pytest"}         # asked for by name; the stand-in; fastsds.testing serves tests
+    optional = {"kernels", "pytest"}                  # the stand-in; fastsds.testing serves tests
     missing = {name for folder in folders for name in imported(root / folder) - local - optional
                if not required & {canonicalize_name(o) for o in owners.get(name, [name])}}
     assert not missing
@@ -221,8 +219,7 @@ def test_constraints_pin_what_setup_asks_for(metadata, root):
         pins[canonicalize_name(match[1])] = match[2]
     for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
         name = canonicalize_name(requirement.name)
-        if name != "wandb":                                          # an extra that is not part of the tested set
-            assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pin {pins[name]}"
+        assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pin {pins[name]}"
     assert "pip" not in pins and "fastsds" not in pins
 
 

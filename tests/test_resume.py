@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was not: the same losses, bit for bit, and the same files."""
 
+import json
 import os
 import signal
 
@@ -15,6 +16,8 @@ WAYS = {
     "auto": ("loss.lambda=auto", "loss.sds_every=2"),
     "full": ("loss.gradient=full", "loss.noised=false"),
     "layernorm": ("student.tune=layernorm",),
+    "lora": ("student.tune=lora", "student.lora.rank=3"),
+    "patterns": ("student.tune=[clip.visual.*attn*, clip.ln_final.*]",),
     "clip": ("loss.lambda=0",),
     "micro": ("loss.gradient=full", "teacher.micro_batch=4"),
     "bits": ("optimizer.name=adamw8bit",),
@@ -123,6 +126,76 @@ def test_a_checkpoint_by_its_path_into_another_folder(base, whole, tmp_path):
     assert runs.train(*argv, "--output", tmp_path / "second", "--resume", path) == 0
     assert runs.losses(tmp_path / "second") == runs.losses(whole("sds"))[6:]
     assert runs.train(*argv, "--output", tmp_path / "second", "--resume", path) == 2  # it holds a run of its own
+
+
+@pytest.fixture
+def photographs(base, tmp_path):
+    """Arguments: 40 small images, of which one cannot be read, and a run of 8 of 16 a step."""
+    import tiny
+    from PIL import Image
+
+    rows, folder = ["filepath\ttitle"], tmp_path / "photographs"
+    folder.mkdir()
+    for i, image in enumerate(tiny.pixels(40)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+        rows.append(f"{i}.png\ta red ring, number {i}")
+    (folder / "7.png").write_bytes(b"not an image")
+    (folder / "data.tsv").write_text("\n".join(rows) + "\n")
+    sets = ("steps=8", "checkpoint_every=3", "data.batch=16", "data.accumulation=1", "data.max_skipped=0.1")
+    return [*base, *runs.sets(*sets, f"data.source={folder / 'data.tsv'}")], folder
+
+
+def test_damaged_samples_are_listed_as_if_nothing_had_happened(photographs, tmp_path, capfd):
+    argv, folder = photographs
+    assert runs.train(*argv, "--output", tmp_path / "whole") == 0
+    whole = (tmp_path / "whole" / "skipped.jsonl").read_text()
+    assert {json.loads(line)["id"] for line in whole.splitlines()} == {7} and len(whole.splitlines()) > 2
+    back = ["--output", tmp_path / "whole", "--resume", runs.at(tmp_path / "whole", 6)]
+    before = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert runs.train(*argv, *back, "--dry-run") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()} == before
+    assert runs.train(*argv, *back) == 0
+    assert (tmp_path / "whole" / "skipped.jsonl").read_text() == whole
+    other = ["--output", tmp_path / "other", "--resume", runs.at(tmp_path / "whole", 6)]
+    assert runs.train(*argv, *other) == 0
+    assert (tmp_path / "whole" / "skipped.jsonl").read_text() == whole  # another folder's own
+    assert whole.endswith((tmp_path / "other" / "skipped.jsonl").read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_damaged_samples_stop_a_run_that_can_go_on(photographs, tmp_path, capfd, workers):
+    """Past the share allowed a run ends like one that is stopped: what it has learnt is kept."""
+    argv, folder = photographs
+    argv = [*argv, *runs.sets(f"data.workers={workers}", "checkpoint_every=0")]
+    assert runs.train(*argv, "--output", tmp_path / "whole") == 0
+    capfd.readouterr()
+    assert runs.train(*argv, *runs.sets("data.max_skipped=0"), "--output", tmp_path / "run") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    (step,) = checkpoint.steps(tmp_path / "run")
+    assert step < 4 and len(errors) == 1
+    assert "data.max_skipped is 0.0" in errors[0] and f"{runs.at(tmp_path / 'run', step)} is complete" in errors[0]
+    assert runs.train(*argv, "--output", tmp_path / "run", "--resume", "latest") == 0
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")
+    for i in range(40):
+        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:70])
+    assert runs.train(*argv, "--output", tmp_path / "none") == 2  # the first batch finds not one
+    assert "40 of 40 samples cannot be used" in capfd.readouterr().err
+
+
+def test_data_that_lie_elsewhere_go_on_and_changed_ones_do_not(photographs, tmp_path, capfd):
+    """A node's own disk has another name in each job."""
+    argv, folder = photographs
+    assert runs.train(*argv, "--output", tmp_path / "whole") == 0
+    moved = folder.rename(tmp_path / "moved")
+    argv = [*argv, *runs.sets(f"data.source={moved / 'data.tsv'}", f"data.images={moved}"), "--output", tmp_path / "run"]
+    argv += ["--resume", runs.at(tmp_path / "whole", 6)]
+    assert runs.train(*argv) == 0
+    assert runs.losses(tmp_path / "run") == runs.losses(tmp_path / "whole")[6:]
+    text = (moved / "data.tsv").read_text()
+    (moved / "data.tsv").write_text(text.replace("number 3", "number three"))
+    argv[argv.index("--output") + 1] = tmp_path / "again"
+    assert runs.train(*argv) == 2
+    assert "data.source holds other images or captions" in capfd.readouterr().err and not (tmp_path / "again").exists()
 
 
 def test_evaluations_are_those_of_the_uninterrupted_run(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The SDS-CLIP recipe: each gradient against its formula in float64, lambda, ranks, the frozen teacher, the head."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -431,6 +433,18 @@ def test_settings_that_cannot_be_met(teacher, change, message):
 
 
 # -- the frozen teacher ---------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_without_bound_is_refused_before_it_makes_a_loss_nan(folders, tmp_path):
+    """A schedule with zero terminal SNR: at its last timestep sigma / alpha has no bound."""
+    shutil.copytree(folders["v_prediction"], tmp_path / "teacher")
+    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    teacher = Teacher.load(tmp_path / "teacher", parts=("unet", "text"))
+    with pytest.raises(ConfigError, match="'inverse_snr_root' has no bound at timestep 999.*loss.t"):
+        SDSCLIP(setting(), teacher)
+    for fits in ({"t": (0.6, 0.999)}, {"weighting": "sigma2"}, {"gradient": "latents"}):
+        SDSCLIP(setting(**fits), teacher)
 
 
 @pytest.mark.parametrize("gradient", ["sds", "full", "latents"])

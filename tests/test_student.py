@@ -148,8 +148,8 @@ def test_layernorm_tuning_trains_norms_and_head_alone(folder):
     }
     assert not [n for n in apply_tuning(student, "layernorm", head=False) if n.startswith("head.")]
     assert apply_tuning(student, "all") == [n for n, _ in student.named_parameters()]
-    with pytest.raises(ConfigError, match="student.tune"):
-        apply_tuning(student, "lora")
+    with pytest.raises(ConfigError, match="student.tune: 'norms', expected layernorm, all, lora or a list"):
+        apply_tuning(student, "norms")
 
 
 def test_batchnorm_trains_its_affine_part_and_freezes_statistics(resnet):
@@ -221,28 +221,6 @@ def test_an_unknown_model_is_an_error(name):
 def test_a_folder_without_config_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="open_clip_config.json is missing"):
         load_student(tmp_path)
-
-
-@pytest.mark.parametrize("tune", ["layernorm", "all"])
-def test_on_the_meta_device_names_shapes_and_what_trains_are_the_same(folder, resnet, tmp_path, tune):
-    """No weights are read: there need be none, nor a tokenizer."""
-    for source in (folder, resnet):
-        real, trained = make_student(StudentConfig(model=str(source), tune=tune), tiny.LATENT)
-        bare = tmp_path / source.name
-        bare.mkdir()
-        shutil.copy(source / "open_clip_config.json", bare)
-        meta, same = make_student(StudentConfig(model=str(bare), tune=tune), tiny.LATENT, "meta")
-        assert same == trained
-        assert all(t.is_meta for t in [*meta.parameters(), *meta.buffers()])
-        kinds = [
-            {name: (t.shape, t.dtype, t.requires_grad) for name, t in student.state_dict(keep_vars=True).items()}
-            for student in (real, meta)
-        ]
-        assert kinds[0] == kinds[1]
-        size, length = meta.image_size, meta.context_length
-        pixels = torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta")
-        out = meta(pixels, torch.empty(3, length, dtype=torch.int64, device="meta"))
-        assert out.z.shape == (2, *tiny.LATENT) and out.text.shape == (3, 12)
 
 
 def test_a_named_architecture_on_the_meta_device_fetches_nothing():

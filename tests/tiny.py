@@ -1,6 +1,7 @@
 """Very small instances of the real classes, untrained, saved in the real formats."""
 
 import json
+import string
 from pathlib import Path
 
 import torch
@@ -123,6 +124,64 @@ def save_student(folder: Path, resnet: bool = False) -> Path:
         {k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors"
     )
     (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_pieces(folder: Path) -> int:
+    """A T5Tokenizer of letters and WORDS, as SigLIP's are: an end token and padding after it. Returns its size."""
+    from transformers import T5Tokenizer
+
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    pieces = ["<pad>", "</s>", "<unk>", *(space + word for word in WORDS if len(word) > 1), space, *string.ascii_lowercase]
+    vocab = [(piece, 0.0 if i < 3 else -1.0 * len(pieces) / (1 + len(piece))) for i, piece in enumerate(pieces)]
+    T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=CONTEXT).save_pretrained(folder)
+    return len(vocab)
+
+
+def save_siglip(folder: Path) -> Path:
+    """An open_clip folder of SigLIP's kind: a timm tower, text without a causal mask, pooled at its last place, a bias."""
+    from open_clip.model import CustomTextCLIP
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = dict(context_length=CONTEXT, vocab_size=save_pieces(folder), hf_tokenizer_name=".", width=WIDTH, heads=2, layers=1)
+    text |= dict(no_causal_mask=True, proj_bias=True, pool_type="last", tokenizer_kwargs={"clean": "canonicalize"})
+    vision = dict(image_size=160, timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="map", timm_proj="none")
+    config = dict(embed_dim=64, init_logit_bias=-10, custom_text=True, vision_cfg=vision, text_cfg=text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        clip = CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return folder
+
+
+def save_hf(folder: Path, kind: str) -> Path:
+    """A transformers folder: a CLIPModel or a SiglipModel."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    size = save_tokenizer(folder) if kind == "clip" else save_pieces(folder)
+    shared = dict(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=1, num_attention_heads=2)
+    text = shared | dict(vocab_size=size, max_position_embeddings=CONTEXT, bos_token_id=size - 2, eos_token_id=size - 1)
+    vision = shared | dict(image_size=IMAGE, patch_size=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if kind == "clip":
+            config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+            model = transformers.CLIPModel(config)
+            crop = {"height": IMAGE, "width": IMAGE}
+            processor = transformers.CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size=crop)
+        else:
+            config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+            model = transformers.SiglipModel(config)
+            processor = transformers.SiglipImageProcessor(size={"height": IMAGE, "width": IMAGE})
+    for parameter in model.parameters():  # CLIP's own start is so small that captions would hardly differ
+        if parameter.ndim == 2:
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -1,16 +1,21 @@
 """Photographs with captions, whatever the format that lists them; and how an image becomes pixels."""
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 
 import torch
 
 from fastsds.config import ConfigError
 from fastsds.data import Samples, Source, digest, pair_digest
 from fastsds.ops import Noise, Purpose, draw
+from fastsds.progress import watched
+
+SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass
@@ -31,6 +36,33 @@ class Listing:
         """The first n of them."""
         damaged = {i: why for i, why in self.damaged.items() if n is None or i < n}
         return Listing(self.names[:n], self.captions[:n], self.sizes[:n], self.read, damaged)
+
+
+def of_files(folder: Path, said: dict[str, list[str]], flat: bool = False) -> Listing:
+    """The listing of image files.
+
+    Args: said: name, relative to the folder -> captions. flat: a file that is not there may lie in the folder itself.
+    """
+    names, paths, sizes, damaged = list(said), [], [], {}
+    for i, name in enumerate(watched(names, f"looking for images in {folder}")):
+        path = folder / name
+        if flat and not path.exists() and (folder / path.name).exists():
+            path = folder / path.name
+        paths.append(path)
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError as error:
+            sizes.append(0)
+            damaged[i] = f"{path}: {error.strerror}"
+    return Listing(names, [texts(found) for found in said.values()], sizes, lambda i: paths[i].read_bytes(), damaged)
+
+
+def texts(value: str | list[str] | None) -> tuple[str, ...]:
+    """Captions as a file gives them, without blank and repeated ones. Raises: ValueError if they are anything else."""
+    found = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{value!r:.60} is no caption: expected a text or a list of texts")
+    return tuple(dict.fromkeys(text.strip() for text in found if text.strip()))
 
 
 class Images(Source):
@@ -65,9 +97,8 @@ class Images(Source):
         return _digest(zip(self.listing.names, self.listing.sizes, strict=True))
 
     def load(self, ids: torch.Tensor, visits: torch.Tensor, size: int, second: int | None = None) -> Samples:
-        counts = self.first_row[ids + 1] - self.first_row[ids]
-        u = Noise(self.seed, draw(Purpose.CAPTION, visits), ids).uniform(1)[:, 0].double()  # in (0, 1]
-        return self._load(ids, ((u * counts).ceil().long() - 1).clamp(min=0), size, second)
+        choices = choose(self.seed, ids, visits, self.first_row[ids + 1] - self.first_row[ids])
+        return self._load(ids, choices, size, second)
 
     def load_rows(self, rows: torch.Tensor, size: int) -> Samples:
         ids = torch.searchsorted(self.first_row, rows, right=True) - 1
@@ -78,38 +109,53 @@ class Images(Source):
         decode = self._pool.map if self._pool is not None else map
         rows = [int(i) for i in ids]
         said = [self.captions[i][k] if self.captions[i] else "" for i, k in zip(rows, choices.tolist(), strict=True)]
-        found, damaged = [], {}
-        for row, answer in enumerate(decode(lambda i: self._pixels(i, sizes), rows)):
-            if isinstance(answer, str):
-                damaged[row] = answer
-                answer = (0, [torch.zeros(3, s, s, dtype=torch.uint8) for s in sizes])
-            elif not said[row]:
-                damaged[row] = f"{self.listing.names[rows[row]]}: no caption"
-            found.append(answer)
-        digests = torch.tensor([pair_digest(image, text) for (image, _), text in zip(found, said, strict=True)])
-        pixels = [torch.stack(column) for column in zip(*(pixels for _, pixels in found), strict=True)]
-        return Samples(
-            pixels[0], said, digests=digests, rows=self.first_row[ids] + choices, damaged=damaged,
-            second=pixels[1] if second is not None else None,
-        )  # fmt: skip
+        return assemble(decode(lambda i: self._pixels(i, sizes), rows), said, self.first_row[ids] + choices, sizes)
 
     def _pixels(self, i: int, sizes: list[int]) -> tuple[int, list[torch.Tensor]] | str:
         """An image's digest, and its pixels at each size; or why there are none."""
         name = self.listing.names[i]
         if i in self.listing.damaged:
             return f"{name}: {self.listing.damaged[i]}"
+        if not self.captions[i]:
+            return f"{name}: no caption"
         if self.cache is not None and (kept := self.cache.get(i, sizes)) is not None:
             return kept
         try:
-            content = self.listing.read(i)
-            pixels = decode_image(content, sizes)
+            found = decoded(name, self.listing.read(i), sizes)
         except OSError as error:
             return f"{name}: {error.strerror or error}"
-        except ValueError as error:
-            return f"{name}: {error}"
-        if self.cache is not None:
-            self.cache.put(i, sizes, digest(content), pixels)
-        return digest(content), pixels
+        if self.cache is not None and not isinstance(found, str):
+            self.cache.put(i, sizes, *found)
+        return found
+
+
+def decoded(name: str, content: bytes, sizes: list[int]) -> tuple[int, list[torch.Tensor]] | str:
+    """An image's digest, and its pixels at each size; or why there are none."""
+    try:
+        return digest(content), decode_image(content, sizes)
+    except ValueError as error:
+        return f"{name}: {error}"
+
+
+def choose(seed: int, ids: torch.Tensor, visits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Which caption each image has at each visit, of (seed, image, visit) alone. Shapes: int64 [N] -> [N] in [0, counts)."""
+    u = Noise(seed, draw(Purpose.CAPTION, visits), ids).uniform(1)[:, 0].double()  # in (0, 1]
+    return ((u * counts).ceil().long() - 1).clamp(min=0)
+
+
+def assemble(
+    answers: Iterable[tuple[int, list[torch.Tensor]] | str], said: list[str], rows: torch.Tensor, sizes: list[int]
+) -> Samples:
+    """Samples of decoded images. Args: answers: as `decoded` gives them, for one size or two. rows: the pairs' numbers."""
+    found, damaged = [], {}
+    for row, answer in enumerate(answers):
+        if isinstance(answer, str):
+            damaged[row] = answer
+            answer = (0, [torch.zeros(3, size, size, dtype=torch.uint8) for size in sizes])
+        found.append(answer)
+    digests = torch.tensor([pair_digest(image, text) for (image, _), text in zip(found, said, strict=True)])
+    pixels, *second = (torch.stack(column) for column in zip(*(pixels for _, pixels in found), strict=True))
+    return Samples(pixels, said, digests=digests, rows=rows, damaged=damaged, second=second[0] if second else None)
 
 
 def check_damage(listing: Listing, max_skipped: float, what: str) -> None:
@@ -125,30 +171,25 @@ def check_damage(listing: Listing, max_skipped: float, what: str) -> None:
         )
 
 
-def decode_image(content: bytes, sizes: list[int], box: tuple[float, ...] | None = None) -> list[torch.Tensor]:
+def decode_image(content: bytes, sizes: list[int], before: Callable | None = None) -> list[torch.Tensor]:
     """Decode an image file. Returns uint8 [3, size, size] for each size.
 
-    Args: box: (left, top, right, bottom) in pixels, cut out before anything is resized, as far as the image reaches.
-    Raises: ValueError if it is not a whole image, or nothing of it is in the box.
+    Args: before: a PIL image -> a PIL image, before anything is resized. Raises: ValueError if it is not a whole image.
     """
     import numpy as np
     from PIL import Image
 
     try:
         with Image.open(BytesIO(content)) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = file if before is None else before(file)
+            squares = [np.array(_square(image, size)) for size in sizes]
+    except Exception as error:  # of whatever kind a decoder has
         raise ValueError(f"not a readable image ({str(error).partition(' <')[0]})") from error
-    if box is not None:
-        left, top, right, bottom = (round(edge) for edge in box)
-        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-        if left >= right or top >= bottom:
-            raise ValueError(f"box {tuple(box)} holds nothing of an image of {image.width}x{image.height}")
-        image = image.crop((left, top, right, bottom))
-    return [torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous() for size in sizes]
+    return [torch.from_numpy(square).permute(2, 0, 1).contiguous() for square in squares]
 
 
 def _square(image, size: int):
+    """Resized in its own mode and only then RGB, which is open_clip's order: a palette has no colours between its own."""
     from PIL import Image
 
     width, height = image.size
@@ -156,9 +197,11 @@ def _square(image, size: int):
         resized = (size, max(size, int(size * height / width)))
     else:
         resized = (max(size, int(size * width / height)), size)
+    if resized[0] * resized[1] > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):  # as many as Pillow decodes
+        raise ValueError(f"{width}x{height} would be resized to {resized[0]}x{resized[1]}")
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size)).convert("RGB")
 
 
 def _digest(rows) -> str:

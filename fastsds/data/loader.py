@@ -1,5 +1,6 @@
 """Batches: what training takes from a source, in an order that depends on nothing but the seed and the data."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,9 @@ class Loader:
         reach, read: of a bank: called with the latest epoch of a batch before it is loaded, and with (ids, visits, samples) for
             further fields of it, on the CPU.
         max_skipped: the share of damaged samples that is passed over: of the source, or of those taken where nobody knows how
-            many it has. Each rank counts those that it met. report: called with a row for each damaged one.
-    Raises: ValueError if batch or streams do not divide by the ranks; ConfigError past max_skipped, which names them.
+            many it has. Each rank counts those that it met. report: called with a row for each damaged one. refuse: called past
+            max_skipped with what names them, to end the run after its step; without it that is raised.
+    Raises: ValueError if batch or streams do not divide by the ranks; ConfigError past max_skipped, or where nothing is left.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Loader:
         device: str | torch.device = "cpu",
         max_skipped: float = 0.0,
         report: Callable[[dict], None] | None = None,
+        refuse: Callable[[str], None] | None = None,
     ):
         if batch % world or streams % world or first % world or not 0 <= rank < world:
             at = f"batch {batch} from {first} on, {streams} streams"
@@ -68,7 +71,7 @@ class Loader:
         self.size, self.tokenize, self.device = image_size, tokenize, device
         self.second = teacher_size if teacher_size != image_size else None
         self.negatives, self.shuffled, self.reach, self.read = negatives, shuffled, reach, read
-        self.max_skipped, self.report = max_skipped, report
+        self.max_skipped, self.report, self.refuse = max_skipped, report, refuse
         self.taken, self.damaged = 0, {}
 
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor]]:
@@ -76,7 +79,7 @@ class Loader:
 
     def __next__(self) -> tuple[Batch, torch.Tensor]:
         if self.reach:
-            self.reach(last_epoch(self.first, self.batch, self.count))
+            self.reach(last_epoch(self.first, self.batch, self.count, self.max_skipped))
         positions, whole = range(self.first, self.first + self.batch), self.shuffled
         ids, visits, samples = self._take(positions if whole else positions[self.rank :: self.world])
         told = samples.captions
@@ -94,13 +97,14 @@ class Loader:
             wanted[p % self.streams] = wanted.get(p % self.streams, 0) + 1
         good: dict[int, list] = {stream: [] for stream in wanted}  # of (id, visit, place in `loaded`)
         loaded: list[Samples] = []
-        before = 0
+        before = passed = 0
         while short := [s for s, n in wanted.items() for _ in range(n - len(good[s]))]:
             entries = [self._advance(stream) for stream in short]
             samples = self.source.load(*(torch.tensor(column) for column in zip(*entries)), self.size, self.second)
             for row, (stream, (sample, visit)) in enumerate(zip(short, entries, strict=True)):
                 if row in samples.damaged:
-                    self._skip(stream, sample, visit, samples.damaged[row])
+                    passed += 1
+                    self._skip(stream, sample, visit, samples.damaged[row], passed)
                 else:
                     good[stream].append((sample, visit, before + row))
             loaded.append(samples)
@@ -116,16 +120,18 @@ class Loader:
         self.cursors[stream] = cursor
         return sample, visit
 
-    def _skip(self, stream: int, sample: int, visit: int, why: str) -> None:
+    def _skip(self, stream: int, sample: int, visit: int, why: str, passed: int) -> None:
+        """Pass over one. passed: in this batch so far, which ends where the same few are met again and again."""
         self.damaged[sample] = why
-        if self.report:
+        if self.report and stream % self.world == self.rank:  # shuffled, every rank meets all of them
             self.report({"stream": stream, "cursor": int(self.cursors[stream]), "id": sample, "epoch": visit, "why": why})
         of, bad = self.count or max(FEW, self.taken), list(self.damaged.values())
-        if len(bad) > self.max_skipped * of:
+        if len(bad) > self.max_skipped * of or passed > max(FEW, of):
             shown = "".join(f"\n  {text}" for text in bad[:SHOWN]) + "\n  ..." * (len(bad) > SHOWN)
-            raise ConfigError(
-                f"data.max_skipped is {self.max_skipped}, and {len(bad)} of {of:,} samples cannot be used:{shown}"
-            )
+            why = f"data.max_skipped is {self.max_skipped}, and {len(bad)} of {of:,} samples cannot be used:{shown}"
+            if self.refuse is None or len(bad) == of:
+                raise ConfigError(why)
+            self.refuse(why)
 
     def _made(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples, told: list[str]) -> Batch:
         if self.negatives and samples.negatives is None:
@@ -172,8 +178,12 @@ class SkipLog:
     def go_back(self, cursors: torch.Tensor) -> None:
         """Drop the rows of what a resumed run will meet again. One rank calls it, before any loads."""
         if self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # one that was cut off
+                    row = json.loads(line)
+                    if row["cursor"] <= cursors[row["stream"]]:
+                        kept.append(line + "\n")
             partial = self.path.with_name(self.path.name + ".partial")
-            kept = [row for row in rows if row["cursor"] <= cursors[row["stream"]]]
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(self.path)

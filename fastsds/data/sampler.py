@@ -41,9 +41,13 @@ def walk_of(source, streams: int, seed: int):
     return Walk(len(source), streams, seed, shuffled=not source.sequential)
 
 
-def last_epoch(first: int, batch: int, n: int) -> int:
-    """The latest epoch that the batch at position `first` reaches into, whichever rank has that part, if nothing is damaged."""
-    return (first + batch - 1) // n
+def last_epoch(first: int, batch: int, n: int, damaged: float = 0.0) -> int:
+    """The latest epoch that the batch at position `first` reaches into, whichever rank has that part.
+
+    Args: damaged: the share of samples that may be passed over, which brings an epoch sooner; at most one is told of too early.
+    """
+    end = first + batch - 1
+    return (end + min(n, int(end * damaged / (1 - damaged)))) // n
 
 
 @lru_cache(maxsize=4)

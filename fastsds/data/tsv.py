@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 from fastsds.config import ConfigError
-from fastsds.data.images import Listing
+from fastsds.data.images import Listing, of_files
 
 COLUMNS = ("filepath", "title")
 
@@ -16,6 +16,7 @@ def read_tsv(path: Path, images: Path | None = None) -> Listing:
     """
     folder = path.parent if images is None else images
     said: dict[str, list[str]] = {}
+    read = 0  # lines, of whole rows
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
@@ -26,10 +27,12 @@ def read_tsv(path: Path, images: Path | None = None) -> Listing:
                     f"found {header}"
                 )
             at, title = (header.index(c) for c in COLUMNS)
+            read = reader.line_num
             for cells in reader:
+                read = reader.line_num
                 if not cells:
                     continue
-                row = f"{path}: row {reader.line_num}"
+                row = f"{path}: row {read}"
                 if len(cells) != len(header):
                     raise ConfigError(f"{row}: {len(cells)} columns, expected {len(header)} (tab-separated)")
                 if not (name := cells[at].strip()):
@@ -37,19 +40,11 @@ def read_tsv(path: Path, images: Path | None = None) -> Listing:
                 said.setdefault(name, [])
                 if caption := cells[title].strip():
                     said[name].append(caption)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: not a tab-separated UTF-8 file: {error}") from error
+    except csv.Error as error:
+        hint = 'a title that begins with a quotation mark is quoted whole, "" for each in it'
+        raise ConfigError(f"{path}: row {read + 1}: not tab-separated: {error}; {hint}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 file: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
     return of_files(folder, said)
-
-
-def of_files(folder: Path, said: dict[str, list[str]]) -> Listing:
-    """The listing of image files. said: name, relative to the folder -> captions."""
-    names, sizes, damaged = list(said), [], {}
-    for i, name in enumerate(names):
-        try:
-            sizes.append((folder / name).stat().st_size)
-        except OSError as error:
-            sizes.append(0)
-            damaged[i] = f"{folder / name}: {error.strerror}"
-    captions = [tuple(dict.fromkeys(texts)) for texts in said.values()]
-    return Listing(names, captions, sizes, lambda i: (folder / names[i]).read_bytes(), damaged)

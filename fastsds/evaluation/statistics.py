@@ -93,6 +93,25 @@ def two_level_bootstrap(
     return _interval(np.mean([x.mean() for x in d]), np.concatenate(means), tail)
 
 
+def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share: all p at which right / n is within z standard errors sqrt(p (1 - p) / n) of p."""
+    z, share = NormalDist().inv_cdf((1 + level) / 2), right / n
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def pairs_needed(share: float, level: float = 0.95, power: float = 0.8) -> int:
+    """How many items it takes to see that a share is above 1/2: that its two-sided interval is, with probability `power`.
+
+    n = ((z / 2 + z_power sqrt(share (1 - share))) / (share - 1/2))^2, normal approximation.
+    """
+    if not 0.5 < share < 1:
+        raise ValueError(f"pairs_needed: a share between 1/2 and 1 expected, got {share}")
+    normal = NormalDist()
+    z, z_power = normal.inv_cdf((1 + level) / 2), normal.inv_cdf(power)
+    return math.ceil(((z / 2 + z_power * math.sqrt(share * (1 - share))) / (share - 0.5)) ** 2)
+
+
 def holm(p) -> list[float]:
     """Holm's adjusted p-values, in the order given: the k-th smallest of m times m - k + 1, never decreasing, at most 1."""
     order, adjusted, highest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0

@@ -63,8 +63,19 @@ def pixels(ref: ImageRef, size: int) -> torch.Tensor:
 
     Returns: uint8 [3, size, size]. Raises: ConfigError that names file, row and image.
     """
+
+    def cut(image):
+        image = image.convert("RGB")  # first, as every suite's own code does
+        if ref.box is None:
+            return image
+        left, top, right, bottom = (round(edge) for edge in ref.box)
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+        if left >= right or top >= bottom:
+            raise ValueError(f"box {ref.box} holds nothing of an image of {image.width}x{image.height}")
+        return image.crop((left, top, right, bottom))
+
     try:
-        return decode_image(ref.read(), [size], ref.box)[0]
+        return decode_image(ref.read(), [size], cut)[0]
     except OSError as error:
         raise ConfigError(f"{ref.where}: {ref.name}: {error.strerror or error}") from error
     except ValueError as error:

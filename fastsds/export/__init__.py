@@ -42,8 +42,8 @@ def export(origin: Origin, to: str, out: Path, head: bool = False) -> float:
     Raises: ConfigError that names the feature the format lacks, or what differs.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out: {out} is there and not empty; expected a new folder")
+    if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ConfigError(f"--out: {out} is there and not empty, or has no name; expected a new folder")
     student = load_student(origin.student)
     if head and student.head is None:
         raise ConfigError(f"--head: {origin.student} has no {HEAD_FILE}")

@@ -83,7 +83,7 @@ def base_model(recipe: dict | None) -> tuple[str | None, str]:
     """The hub's name of what training started from, where it has one, and the same in words."""
     if recipe is None:
         return None, "a student of which this folder does not say more"
-    model, pretrained = recipe["student"]["model"], recipe["student"]["pretrained"]
+    model, pretrained = recipe["student"]["model"], recipe["student"].get("pretrained")
     for text in (pretrained, model):
         if text and text.startswith("hf-hub:"):
             return text.removeprefix("hf-hub:"), f"`{text}`"
@@ -110,15 +110,22 @@ def _data(origin: Origin) -> str:
 def _recipe(recipe: dict | None) -> str:
     if recipe is None:
         return "Not known."
-    text = yaml.safe_dump(_short(recipe), sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
+    here = _short({**recipe, "output": Path(recipe["output"]).name})
+    text = yaml.safe_dump(here, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
     return f"Folders of the machine that trained are left out.\n\n```yaml\n{text}```"
 
 
 def _short(value):
-    """A value with every absolute path cut to its last name."""
+    """A value with every absolute path cut to its last name, and every command to the program."""
     if isinstance(value, dict):
         return {key: _short(v) for key, v in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    kind, colon, rest = value.partition(":")
+    if colon and kind == "pipe":
+        return f"pipe:{Path(rest.split()[0]).name if rest.split() else ''} ..."
+    path = Path(rest if kind == "local-dir" else value)
+    return f"{kind}:{path.name}" if kind == "local-dir" else path.name if path.is_absolute() else value
 
 
 def _results(run: Run | None) -> list[str]:
@@ -126,7 +133,8 @@ def _results(run: Run | None) -> list[str]:
         return ["Not known."]
     parts = []
     if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
+        last = run.evaluations[-1]
+        first = next(row for row in run.evaluations if row["suite"] == last["suite"])  # a resumed run may have another
         start, end = run.scores(first), run.scores(last)
         steps = [f"step {row['step']}" for row in (first, last)]
         header = ["metric", *steps, "95 % interval", "difference", "95 % interval", "n"]

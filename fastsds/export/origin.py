@@ -10,6 +10,8 @@ from fastsds.config import ConfigError
 from fastsds.history import Run, read_run
 from fastsds.student import CONFIG_FILE
 
+RECIPE = {"data", "output", "steps", "student"}  # keys that a card reads
+STATE = {"engine", "recipe", "step", "versions"}
 STUDENT_FILES = (CONFIG_FILE, "config.json")
 
 
@@ -35,9 +37,10 @@ def find(path: Path) -> Origin:
     if (path / "recipe.yaml").is_file():
         if not (path / "student").is_dir():
             raise ConfigError(f"{path}: the run has no student/ yet; name one of {path / 'checkpoints'}/step_*")
-        kept = sorted((path / "checkpoints").glob("step_*/state.json"))
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-        return Origin(_student(path), recipe, _state(kept[-1].parent) if kept else None, read_run(path))
+        recipe = _recipe(path / "recipe.yaml")
+        last = path / "checkpoints" / f"step_{recipe['steps']:08d}"  # a run writes student/ at its end, beside it
+        state = _state(last) if (last / "state.json").is_file() else None
+        return Origin(_student(path), recipe, state, read_run(path, until=recipe["steps"]))
     if any((path / name).is_file() for name in STUDENT_FILES):
         return Origin(path)
     raise ConfigError(
@@ -52,11 +55,21 @@ def _student(path: Path) -> Path:
     return path / "student"
 
 
+def _recipe(path: Path) -> dict:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict) or not RECIPE <= recipe.keys():
+        raise ConfigError(f"{path}: not a run's recipe (expected {', '.join(sorted(RECIPE))} in it)")
+    return recipe
+
+
 def _state(path: Path) -> dict:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path / 'state.json'}: {error}") from error
-    if not isinstance(state, dict) or not {"recipe", "step"} <= state.keys():
-        raise ConfigError(f"{path / 'state.json'}: not a checkpoint's (expected recipe and step in it)")
+    if not isinstance(state, dict) or not STATE <= state.keys() or not RECIPE <= state["recipe"].keys():
+        raise ConfigError(f"{path / 'state.json'}: not a checkpoint's (expected {', '.join(sorted(STATE))} in it)")
     return state

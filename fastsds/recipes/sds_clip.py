@@ -98,6 +98,14 @@ class SDSCLIP:
             raise ConfigError(f"loss: {error}") from error
         if loss.gradient != "latents":
             self.bands = NoiseBands(*level_range(teacher.alphas_cumprod, *self.timesteps))
+            abar = teacher.alphas_cumprod[slice(*self.timesteps)]
+            w = weights(loss.weighting, abar.sqrt(), (1 - abar).sqrt(), abar, 1)
+            if not bool(w.isfinite().all()):
+                at = self.timesteps[0] + int((~w.isfinite()).nonzero()[0])
+                raise ConfigError(
+                    f"loss.weighting: {loss.weighting!r} has no bound at timestep {at}, where this teacher leaves no signal; "
+                    "expected a range without it (loss.t)"
+                )
 
     def __call__(self, out: StudentOutput, batch: Batch, step: int, diagnose: bool = False) -> dict[str, torch.Tensor]:
         """The loss of one micro-batch, and its parts.

@@ -6,11 +6,13 @@ import torch
 
 from fastsds.config import ConfigError, StudentConfig
 from fastsds.hub import HUB
-from fastsds.student import openclip
+from fastsds.student import hf, openclip
 from fastsds.student.head import HEAD_FILE, read_head
 from fastsds.student.model import Student
-from fastsds.student.openclip import CONFIG_FILE, brief
 from fastsds.student.tuning import apply_tuning
+from fastsds.weights import first_line
+
+COMPILE = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # a graph's outputs would not outlive its next run
 
 
 def make_student(
@@ -21,10 +23,16 @@ def make_student(
 ) -> tuple[Student, list[str]]:
     """The student that a recipe describes, and the names of its trained parameters: the head's where there are latents.
 
-    Args: as `load_student`.
+    Tuned before it is compiled: what does not train is a constant to the compiler.
+    Args: as `load_student`. On the meta device nothing is compiled.
     """
     student = load_student(config.model, config.pretrained, latent_shape, device, seed)
-    return student, apply_tuning(student, config.tune, head=latent_shape is not None)
+    trained = apply_tuning(student, config.tune, latent_shape is not None, config.lora, seed)
+    if config.checkpoint:
+        student.family.checkpoint(student.clip)
+    if config.compile and torch.device(device).type != "meta":
+        student.clip.compile(mode=COMPILE[config.compile])
+    return student, trained
 
 
 def load_student(
@@ -36,11 +44,12 @@ def load_student(
 ) -> Student:
     """Load a student in fp32.
 
-    Args: model: "world" (the embedded one), a folder in open_clip's format, a named open_clip architecture, or
-        `hf-hub:ORG/NAME`. pretrained: of a named architecture: a tag, a local weights file or `hf-hub:ORG/NAME`; None: a
-        random start. Only a tag or an `hf-hub:` name is ever fetched, and only what is not on this disk. latent_shape:
-        (C, h, w) of the teacher; None takes the folder's own head, if it has one. device: "meta" reads no weights and
-        needs none: names and shapes alone. seed: of whatever is not loaded (the head; a random start).
+    Args: model: "world" (the embedded one), a folder in open_clip's or transformers' format (open_clip's, where it is
+        both), a named open_clip architecture, or `hf-hub:ORG/NAME` (open_clip's). pretrained: of a named architecture: a
+        tag, a local weights file or `hf-hub:ORG/NAME`; None: a random start. Only a tag or an `hf-hub:` name is ever
+        fetched, and only what is not on this disk. latent_shape: (C, h, w) of the teacher; None takes the folder's own
+        head, if it has one. device: "meta" reads no weights and no tokenizer, and needs none: names and shapes alone.
+        seed: of whatever is not loaded (the head; a random start).
     Raises: ConfigError that names the file and what is wrong in it.
     """
     device = torch.device(device)
@@ -51,7 +60,10 @@ def load_student(
         raise ConfigError(f"student.pretrained: {pretrained!r}, but {model} has its own weights; expected null")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip, family = openclip.load(str(model), pretrained, folder, device.type == "meta")
+        if folder is not None and not (folder / openclip.CONFIG_FILE).is_file():
+            clip, family = hf.load(folder, device.type == "meta")
+        else:
+            clip, family = openclip.load(str(model), pretrained, folder, device.type == "meta")
         saved = read_head(folder) if folder is not None else None
         if latent_shape is None and saved is not None:
             latent_shape = saved[0]
@@ -82,8 +94,10 @@ def _folder(model: str | Path) -> Path | None:
         return None
     folder = Path(text.removeprefix("local-dir:"))
     if folder.is_dir():
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(f"{folder}: {CONFIG_FILE} is missing (expected an open_clip folder)")
+        if not any((folder / name).is_file() for name in (openclip.CONFIG_FILE, hf.CONFIG_FILE)):
+            raise ConfigError(
+                f"{folder}: {openclip.CONFIG_FILE} is missing (an open_clip folder), and so is {hf.CONFIG_FILE} (transformers)"
+            )
         return folder
     if text.replace("/", "-") in open_clip.list_models():
         return None
@@ -99,7 +113,7 @@ def _check_text(student: Student) -> None:
     try:
         tokens = student.tokenize(["a red ring", "word " * 200, "naïve 雪 \N{SNOWMAN}"])
     except Exception as error:
-        raise ConfigError(f"{family.where}: its tokenizer fails on a caption: {brief(error)}") from error
+        raise ConfigError(f"{family.where}: its tokenizer fails on a caption: {first_line(error)}") from error
     if entries is not None and int(tokens.max()) >= entries:
         raise ConfigError(f"{family.where}: token {int(tokens.max())} is past the text tower's {entries} entries")
     if pooled is None or end is None:
@@ -107,6 +121,6 @@ def _check_text(student: Student) -> None:
     is_end = tokens == end
     if not bool(is_end.any(dim=1).all()) or not torch.equal(pooled(tokens), is_end.int().argmax(dim=1)):
         raise ConfigError(
-            f"{family.where}: its text tower does not pool the tokenizer's end token {end}; expected in text_cfg the "
-            "highest id for pool_type 'argmax', or eos_id for 'eos'"
+            f"{family.where}: its text tower does not pool the tokenizer's end token {end}; expected the highest id "
+            "where it pools the highest (open_clip's pool_type 'argmax'), else eos_id (transformers: eos_token_id) to be it"
         )

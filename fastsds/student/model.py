@@ -50,6 +50,7 @@ class Family:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     scalar: tuple[int, ...] = ()
+    loads = "open_clip local-dir:"  # how the library itself reads what is saved
 
     def encode_image(self, clip: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Shapes: normalised [B, 3, S, S] -> [B, d], of any length."""
@@ -64,6 +65,10 @@ class Family:
 
         None for what this text tower does not have.
         """
+        raise NotImplementedError
+
+    def checkpoint(self, clip: nn.Module) -> None:
+        """Keep the inputs of the towers' blocks alone, and run each again in the backward pass. Raises: ConfigError."""
         raise NotImplementedError
 
     def save(self, out: Path) -> None:
@@ -86,6 +91,13 @@ class Student(nn.Module):
         self._statistics: dict = {}
         if getattr(clip, "logit_bias", None) is not None:  # a constant bias does not change a softmax
             clip.logit_bias.requires_grad_(False)
+        for module in clip.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _freeze_statistics(module)
+        for module in clip.modules():  # dropout in a module, in a function that attention calls, of a whole block
+            for name in ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "drop_prob"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
 
     @property
     def latent_shape(self) -> tuple[int, int, int] | None:
@@ -94,7 +106,7 @@ class Student(nn.Module):
     def train(self, mode: bool = True) -> "Student":
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -142,6 +154,25 @@ def _towers(clip: nn.Module, family: Family, images: torch.Tensor | None, tokens
     text = None if tokens is None else _at_least_fp32(family.encode_text(clip, tokens))
     scale = _at_least_fp32(clip.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp().reshape(())
     return image, text, scale
+
+
+def _freeze_statistics(norm: nn.Module) -> None:
+    """Let a BatchNorm of frozen statistics run where an engine made its affine parameters bf16 and left these in fp32."""
+    if type(norm).forward is nn.modules.batchnorm._BatchNorm.forward:
+        norm.forward = partial(_frozen_norm, norm)
+    else:  # a class with more in its forward: its statistics are rounded, too
+        norm.register_forward_pre_hook(_round_statistics)
+
+
+def _frozen_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    mean, var = norm.running_mean, norm.running_var
+    affine = (None if p is None else p.to(mean.dtype) for p in (norm.weight, norm.bias))
+    return nn.functional.batch_norm(x, mean, var, *affine, training=False, eps=norm.eps)
+
+
+def _round_statistics(norm: nn.Module, _) -> None:
+    for statistic in (norm.running_mean, norm.running_var) if norm.affine else ():
+        statistic.data = statistic.data.to(norm.weight.dtype)
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:

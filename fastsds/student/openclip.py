@@ -13,6 +13,7 @@ from fastsds.config import ConfigError
 from fastsds.hub import HUB
 from fastsds.student.head import HEAD_FILE
 from fastsds.student.model import Family
+from fastsds.weights import first_line
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -46,6 +47,19 @@ class OpenClip(Family):
             pooled = None
         return getattr(tower, "vocab_size", None), end, pooled
 
+    def checkpoint(self, clip: nn.Module) -> None:
+        from open_clip.modified_resnet import ModifiedResNet
+        from open_clip.timm_model import TimmModel
+
+        if isinstance(clip.visual, ModifiedResNet):
+            raise ConfigError(f"student.checkpoint: true, but open_clip's ResNets have none ({self.where}): expected false")
+        try:
+            if isinstance(clip.visual, TimmModel):  # open_clip's own call goes on without it
+                clip.visual.trunk.set_grad_checkpointing(True)
+            clip.set_grad_checkpointing(True)
+        except Exception as error:
+            raise ConfigError(f"student.checkpoint: true, but {self.where} has none: {first_line(error)}") from error
+
     def save(self, out: Path) -> None:
         config = json.loads(json.dumps(self.config))
         hf = getattr(self.tokenizer, "tokenizer", None)
@@ -65,11 +79,12 @@ def load(model: str, pretrained: str | None, folder: Path | None, meta: bool) ->
     import open_clip
 
     where = f"student {folder or model}"
-    source = _folder(folder, meta) if folder else _repository(model, where) if model.startswith(HUB) else None
+    source = _folder(folder) if folder else _repository(model, where) if model.startswith(HUB) else None
     source = source or _listed(model.replace("/", "-"), pretrained, where, meta)
     model_cfg = source.config["model_cfg"]
     _check(model_cfg, where)
     text = model_cfg["text_cfg"]
+    weights = None if meta or source.weights is None else source.weights()
 
     def build():
         options = dict(nonscalar_logit_scale=True, precision="fp32", force_patch_dropout=0.0)
@@ -80,8 +95,8 @@ def load(model: str, pretrained: str | None, folder: Path | None, meta: bool) ->
     clip = _make(build, text.get("hf_model_name"), "config.json", source.fetches, where)
     tokenizer = None
     if not meta:
-        if source.weights is not None:
-            _load_weights(clip, source.weights(), where)
+        if weights is not None:
+            _load_weights(clip, weights, where)
         repo = None if folder else text.get("hf_tokenizer_name")
         get = lambda: open_clip.get_tokenizer(source.tokenizer)  # noqa: E731
         tokenizer = _make(get, repo, "tokenizer_config.json", source.fetches, where)
@@ -109,14 +124,15 @@ class _Source:
     preprocess: dict = field(default_factory=dict)
 
 
-def _folder(folder: Path, meta: bool) -> _Source:
+def _folder(folder: Path) -> _Source:
     name = f"local-dir:{folder}"
-    return _Source(name, name, _read_config(folder), None if meta else lambda: find_weights(folder))
+    return _Source(name, name, _read_config(folder), lambda: find_weights(folder))
 
 
 def _repository(model: str, where: str) -> _Source:
     repo = model.removeprefix(HUB)
-    snapshot = hub.fetch(repo, (CONFIG_FILE,), where).parent
+    hint = f": expected an open_clip model; transformers' are read from a folder (hf download {repo} --local-dir FOLDER)"
+    snapshot = hub.fetch(repo, (CONFIG_FILE,), where, hint).parent
     return _Source(f"local-dir:{snapshot}", model, _read_config(snapshot), lambda: hub.fetch(repo, WEIGHTS_FILES, where), True)
 
 
@@ -126,13 +142,17 @@ def _listed(name: str, pretrained: str | None, where: str, meta: bool) -> _Sourc
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     source = _Source(name, name, {"model_cfg": open_clip.get_model_config(name)}, None)
+    tags = {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+
+    def check_gelu(quick) -> None:
+        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        if bool(quick) != bool(source.config["model_cfg"].get("quick_gelu")) and other in open_clip.list_models():
+            raise ConfigError(f"{where}: the weights {pretrained!r} were trained with the other GELU: expected {other}")
+
     if pretrained is None:
         return source
     if tag := get_pretrained_cfg(name, pretrained):
-        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
-        differs = bool(tag.get("quick_gelu")) != bool(source.config["model_cfg"].get("quick_gelu"))
-        if differs and other in open_clip.list_models():
-            raise ConfigError(f"{where}: the weights {pretrained!r} were trained with the other GELU: expected {other}")
+        check_gelu(tag.get("quick_gelu"))
         repo, _, file = tag["hf_hub"].rpartition("/")
         names = (str(Path(file).with_suffix(".safetensors")), file) if file else WEIGHTS_FILES
         source.weights = lambda: hub.fetch(repo, names, where)
@@ -140,16 +160,21 @@ def _listed(name: str, pretrained: str | None, where: str, meta: bool) -> _Sourc
     elif pretrained.startswith(HUB):
         repo = pretrained.removeprefix(HUB)
         if not meta:
-            found = _read_config(hub.fetch(repo, (CONFIG_FILE,), where).parent).get("preprocess_cfg", {})
+            found = _read_config(hub.fetch(repo, (CONFIG_FILE,), where).parent)
+            check_gelu(found["model_cfg"].get("quick_gelu"))
+            found = found.get("preprocess_cfg", {})
             source.preprocess = {key: found[key] for key in PREPROCESS if key in found}
         source.weights, source.fetches = lambda: hub.fetch(repo, WEIGHTS_FILES, where), True
     elif Path(pretrained).suffix not in WEIGHT_SUFFIXES or not Path(pretrained).is_file():
-        tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
         raise ConfigError(
-            f"student.pretrained: {pretrained!r} is no weights file ({', '.join(WEIGHT_SUFFIXES)}) and no tag of {name}: {tags}"
+            f"student.pretrained: {pretrained!r} is no weights file ({', '.join(WEIGHT_SUFFIXES)}) and no tag of {name}: "
+            f"{', '.join(tags) or 'none'}"
         )
     else:
         source.weights = lambda: Path(pretrained)
+        for key in PREPROCESS:  # which the file does not say: what all tags of this name agree on
+            if len(values := {tag.get(key) for tag in tags.values()}) == 1:
+                source.preprocess |= {key: values.pop()}
     return source
 
 
@@ -194,15 +219,15 @@ def _make(make: Callable, repo: str | None, file: str, fetches: bool, where: str
             return make()
     except Exception as error:  # of whatever kind: what is wrong is in the user's files
         if repo is None or Path(repo).exists():
-            raise ConfigError(f"{where}: {brief(error)}") from error
+            raise ConfigError(f"{where}: {first_line(error)}") from error
         if not fetches:
-            message = f"{where}: {repo} is not on this disk ({brief(error)}): fetch it (hf download {repo})"
+            message = f"{where}: {repo} is not on this disk ({first_line(error)}): fetch it (hf download {repo})"
             raise ConfigError(message) from error
     hub.reach(repo, file, where)
     try:
         return make()
     except Exception as error:
-        raise ConfigError(f"{where}: {HUB}{repo}: {brief(error)}") from error
+        raise ConfigError(f"{where}: {HUB}{repo}: {first_line(error)}") from error
 
 
 def _load_weights(clip: nn.Module, path: Path, where: str) -> None:
@@ -213,7 +238,7 @@ def _load_weights(clip: nn.Module, path: Path, where: str) -> None:
         with quiet.loading():
             read_into(clip, str(path))
     except Exception as error:
-        raise ConfigError(f"{where}: {path}: {_wrong(clip, path) or brief(error)}") from error
+        raise ConfigError(f"{where}: {path}: {_wrong(clip, path) or first_line(error)}") from error
 
 
 def _wrong(clip: nn.Module, path: Path) -> str | None:
@@ -226,7 +251,7 @@ def _wrong(clip: nn.Module, path: Path) -> str | None:
     except Exception as error:
         if "TorchScript" in str(error):
             return "a TorchScript archive, as OpenAI published them; expected plain weights: the tag openai has them"
-        return f"truncated or damaged, or no file of weights ({brief(error)})"
+        return f"truncated or damaged, or no file of weights ({first_line(error)})"
     if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         return "expected tensors by name, as open_clip writes them"
     if hasattr(clip, "text"):
@@ -239,11 +264,6 @@ def _wrong(clip: nn.Module, path: Path) -> str | None:
         if names:
             return f"tensor {min(names)} is {said}" + (f", as are {len(names) - 1} more" if len(names) > 1 else "")
     return None
-
-
-def brief(error: Exception) -> str:
-    """The first lines of an error, in one."""
-    return " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).split("\n")[:2])[:400]
 
 
 def _highest(tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""A student's weights on disk: an open_clip folder, with the head beside the CLIP, that plain open_clip loads."""
+"""A student's weights on disk: the folder that its library reads, with the head beside the CLIP.
+
+open_clip: open_clip_config.json, open_clip_model.safetensors (`local-dir:FOLDER`); transformers: config.json,
+model.safetensors, preprocessor_config.json. Both: tokenizer files, and head.safetensors, which they leave alone.
+"""
 
 import json
 import math
@@ -7,16 +11,21 @@ from pathlib import Path
 
 import torch
 
+from fastsds.config import ConfigError
+from fastsds.student import hf, lora, openclip
 from fastsds.student.head import HEAD_FILE, read_head
 from fastsds.student.model import MAX_LOGIT_SCALE, Student
-from fastsds.student.openclip import WEIGHT_SUFFIXES, WEIGHTS_FILE
+from fastsds.weights import open_safetensors
+
+FORMATS = {openclip.CONFIG_FILE: openclip.WEIGHTS_FILE, hf.CONFIG_FILE: hf.WEIGHTS_FILE}  # the first that is there
 
 
 def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path) -> None:
-    """Write a student's state as an open_clip folder: config, weights, tokenizer files, and the head beside them.
+    """Write a student's state as a folder that its library loads, and the head beside it.
 
-    Args: state: `Student.state_dict()`, whole tensors. like: the student, or the folder it came from, which gives
-        config and tokenizer files. A `local-dir:` load of `out` in plain open_clip gives the same features.
+    Args: state: `Student.state_dict()`, whole tensors; LoRA's products are added to their matrices. like: the student, or
+        the folder it came from, which gives configuration and tokenizer files. Plain open_clip or transformers gets the
+        same features from `out`.
     """
     from safetensors.torch import save_file
 
@@ -24,9 +33,11 @@ def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(like, Student):
         like.family.save(out)
+        state = lora.merge(like, state)
     else:
         for file in sorted(Path(like).iterdir()):
-            if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.resolve() != (out / file.name).resolve():
+            weights = file.suffix in openclip.WEIGHT_SUFFIXES
+            if file.is_file() and not weights and file.resolve() != (out / file.name).resolve():
                 shutil.copyfile(file, out / file.name)
     parts: dict[str, dict] = {"clip": {}, "head": {}}
     for name, tensor in state.items():
@@ -35,14 +46,48 @@ def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path
             raise ValueError(f"{name}: not a student's tensor, expected clip.* or head.*")
         parts[part][rest] = tensor.detach().cpu().contiguous().clone()
     clip = parts["clip"]
-    clip["logit_scale"] = clip["logit_scale"].clamp(max=MAX_LOGIT_SCALE).reshape(())
+    shape = like.family.scalar if isinstance(like, Student) else _scalar(out)
+    clip["logit_scale"] = clip["logit_scale"].clamp(max=MAX_LOGIT_SCALE).reshape(shape)
     if "logit_bias" in clip:
-        clip["logit_bias"] = clip["logit_bias"].reshape(())
-    _replace(out / WEIGHTS_FILE, lambda path: save_file(clip, path))
+        clip["logit_bias"] = clip["logit_bias"].reshape(shape)
+    _replace(out / _format(out), lambda path: save_file(clip, path, metadata={"format": "pt"}))
     if parts["head"]:
         shape = like.latent_shape if isinstance(like, Student) else _shape_of_head(like, parts["head"])
         meta = {"latent_shape": json.dumps(list(shape))}
         _replace(out / HEAD_FILE, lambda path: save_file(parts["head"], path, metadata=meta))
+
+
+def read_student(folder: Path) -> dict[str, torch.Tensor]:
+    """The state that `save_student` wrote, by the names of `Student.state_dict()`; the logit scale is clamped, of the
+    library's shape. Raises: ConfigError that names the file.
+    """
+    state = {}
+    with open_safetensors(Path(folder) / _format(folder)) as file:
+        state |= {f"clip.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if head := read_head(folder):
+        state |= {f"head.{key}": tensor for key, tensor in head[1].items()}
+    return state
+
+
+def beside(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a state `save_student` does not write as it is, and a run that goes on needs: the unclamped logit scale, and
+    LoRA's factors.
+    """
+    return {name: tensor for name, tensor in state.items() if name == "clip.logit_scale" or lora.is_factor(name)}
+
+
+def _format(folder: Path) -> str:
+    """The name of the weights file in a folder, by its configuration file."""
+    for config, weights in FORMATS.items():
+        if (Path(folder) / config).is_file():
+            return weights
+    raise ConfigError(f"{folder}: no {' and no '.join(FORMATS)}: not a student's folder")
+
+
+def _scalar(folder: Path) -> tuple[int, ...]:
+    if _format(folder) == openclip.WEIGHTS_FILE:
+        return ()
+    return hf.SCALARS[json.loads((folder / hf.CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]]
 
 
 def _shape_of_head(like: Path, state: dict) -> tuple[int, ...]:

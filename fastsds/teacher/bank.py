@@ -9,8 +9,8 @@ not depend on the student: they serve every epoch, student, arm and seed, and tr
     BANK/generation_0000/    x0hat [K, C, h, w] fp16, abar [K] fp32; from latent and text as they are stored
 
 Visit v of a pair takes draw v mod K. With `refresh_every` e, generation g = v // e serves epochs g e .. (g + 1) e - 1 and its
-draws are counted on from generation g - 1's; the trainer makes it under its own output when an epoch needs it, and drops the
-one before last: a bank is only read by training, so runs share it.
+draws are counted on from generation g - 1's; the trainer makes it under its own output when an epoch needs it, and keeps the
+last two that it reads: a bank is only read by training, so runs share it.
 """
 
 import argparse
@@ -87,6 +87,9 @@ class Bank:
         for g in generation.unique().tolist():
             of, shards = generation == g, self._generation(g)
             x0hat[of], abar[of] = (shards.read(name, rows[of], column[of]) for name in ("x0hat", "abar"))
+        for g in [g for g in self._generations if g < generation.min() - 1]:  # no rank is a generation behind another
+            self._drop(g)
+            del self._generations[g]
         return {"targets": x0hat, "abar": abar}
 
     def texts(self, ids: torch.Tensor, visits: torch.Tensor, samples: Samples) -> dict[str, torch.Tensor]:
@@ -125,8 +128,6 @@ class Bank:
                 if self.teacher is None:
                     raise self._unfinished(folder.name)
                 fill_generation(parent, self.cache, self.teacher, g, self.rank, self.world)
-            self._drop(g - 2)  # every rank is an epoch past it
-            self._generations.pop(g - 2, None)
             found = Shards.open(folder)
             found.check(self.cache)
             self._generations[g] = found

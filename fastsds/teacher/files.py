@@ -1,23 +1,11 @@
-"""Weights files: opened with one clear error, recognised by a digest."""
+"""Weights files, recognised by a digest."""
 
 import hashlib
 from pathlib import Path
 
-from fastsds.config import ConfigError
-
 MIB = 1 << 20
 WHOLE = 64 * MIB  # up to this size every byte counts
 BLOCKS, BLOCK = 64, 64 << 10  # of a larger file: its first and last MiB, and this many blocks at even distances
-
-
-def open_safetensors(path: Path):
-    """A lazy reader of one file: names and shapes cost its header, a tensor its own bytes."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: truncated or damaged ({error}): fetch or copy it again") from error
 
 
 def digest(path: Path) -> str:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fastsds import quiet
 from fastsds.config import ConfigError
-from fastsds.teacher.files import open_safetensors
+from fastsds.weights import first_line, from_folder, open_safetensors
 
 NAMES = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
 SUFFIXES = (".safetensors", ".bin")
@@ -63,25 +62,14 @@ class Folder:
         for file in files:
             if file.suffix == ".safetensors":
                 open_safetensors(file)
-        options = dict(local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)  # the report tells
-        options["use_safetensors"] = files[0].suffix == ".safetensors"  # else diffusers calls a missing one an error
+        options = {"use_safetensors": files[0].suffix == ".safetensors"}  # else diffusers calls a missing one an error
         if ".fp16" in files[0].name:
             options["variant"] = "fp16"
         if part == "text":
             options["dtype"] = dtype
         else:
             options |= {"torch_dtype": dtype, "low_cpu_mem_usage": False}  # True needs accelerate
-        try:
-            with quiet.loading():
-                model, report = kind.from_pretrained(str(self.path / NAMES[part]), **options)
-        except Exception as error:  # of whatever kind: what is wrong is in the user's files
-            raise ConfigError(f"{self.where}: {NAMES[part]}: {_first_line(error)}") from error
-        for name, found, expected in sorted(report["mismatched_keys"]):
-            shapes = f"{tuple(found)}, by its config.json {tuple(expected)}"
-            raise ConfigError(f"{self.where}: {NAMES[part]}: tensor {name} is {shapes}")
-        for name in sorted(report["missing_keys"]):
-            raise ConfigError(f"{self.where}: {NAMES[part]}: tensor {name} is missing")
-        return model
+        return from_folder(kind, self.path / NAMES[part], f"{self.where}: {NAMES[part]}", **options)
 
     def check_tokenizer(self) -> None:
         """Raise ConfigError unless its files are there; without tokenizer_config.json transformers guesses the padding."""
@@ -96,7 +84,7 @@ class Folder:
         try:
             return CLIPTokenizer.from_pretrained(str(self.path / "tokenizer"), local_files_only=True)
         except Exception as error:
-            raise ConfigError(f"{self.where}: tokenizer: {_first_line(error)}") from error
+            raise ConfigError(f"{self.where}: tokenizer: {first_line(error)}") from error
 
     def files(self) -> list[Path]:
         """All files that loading would read, of the parts that are there."""
@@ -129,7 +117,3 @@ class Folder:
         if not isinstance(found, dict):
             raise ConfigError(f"{path}: expected a JSON object")
         return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

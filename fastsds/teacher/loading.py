@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError
+from fastsds.hub import HUB, reach
 from fastsds.teacher.files import digest
 from fastsds.teacher.folder import NAMES, Folder
 from fastsds.teacher.single_file import SingleFile
@@ -15,7 +16,6 @@ from fastsds.teacher.single_file import SingleFile
 PARTS = ("unet", "text", "vae")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HUB = "hf-hub:"
 
 
 def load_parts(
@@ -59,16 +59,36 @@ def load_parts(
         for parameter in model.parameters():  # copied: off the mapped file, which may change, and aligned
             parameter.data = parameter.data.to(device, copy=True)
         model.to(device)
-    sample, blocks = configs["unet"]["sample_size"], configs["vae"]["block_out_channels"]
+    latent_shape, image_size = geometry(configs)
     return dict(
         unet=loaded.get("unet"),
         vae=loaded.get("vae"),
         text_encoder=loaded.get("text"),
         tokenizer=tokenizer,
         scheduler=DDPMScheduler.from_config(schedule),
-        latent_shape=(configs["unet"]["in_channels"], sample, sample),
-        image_size=sample * 2 ** (len(blocks) - 1),
+        latent_shape=latent_shape,
+        image_size=image_size,
     )
+
+
+def read_configs(path: str | Path, prediction_type: str | None = None) -> dict[str, dict] | None:
+    """The configurations of a teacher's three parts, and no weights; None where it is not on this disk. Nothing is fetched.
+
+    Raises: ConfigError for a teacher on this disk that is not one of those that `load_parts` takes.
+    """
+    if str(path).startswith(HUB):
+        local = _cached(str(path))
+        return None if local is None or not _holds(Folder(local), ()) else _configs(Folder(local), PARTS)
+    if str(path) != "world" and not Path(path).exists():
+        return None
+    local = _local(path)
+    return _configs(SingleFile(local, prediction_type) if local.is_file() else Folder(local), PARTS)
+
+
+def geometry(configs: dict[str, dict]) -> tuple[tuple[int, int, int], int]:
+    """((C, h, w) of the latents, pixels a side of the images) of a teacher with these configurations."""
+    sample, blocks = configs["unet"]["sample_size"], configs["vae"]["block_out_channels"]
+    return (configs["unet"]["in_channels"], sample, sample), sample * 2 ** (len(blocks) - 1)
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
@@ -142,6 +162,7 @@ def _holds(folder: Folder, parts: tuple[str, ...]) -> bool:
 def _fetch(name: str, parts: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
+    reach(name.removeprefix(HUB), "model_index.json", f"teacher.path {name}", "something")
     wanted, unwanted = _patterns(parts)
     try:
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted, ignore_patterns=unwanted))

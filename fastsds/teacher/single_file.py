@@ -16,8 +16,8 @@ import torch
 
 from fastsds import quiet
 from fastsds.config import ConfigError
-from fastsds.teacher.files import open_safetensors
 from fastsds.teacher.vocabulary import END, clip_tokenizer
+from fastsds.weights import open_safetensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fastsds.provenance import commit
 from fastsds.world import TEACHER as TEACHER_FOLDER
 from fastsds.world import WEIGHTS, models
 from fastsds.world.scenes import COLOURS, KINDS, RELATIONS, SHAPES, WorldSource, swap_items
@@ -245,14 +245,6 @@ def write_manifest(folder: Path, stages: dict[str, dict], scores: dict[str, floa
     path.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _commit() -> str:
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, cwd=here
-    )
-    return git.stdout.strip() or "unknown"
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m fastsds.world.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write (default: the shipped weights)")
@@ -277,7 +269,7 @@ def main(argv: list[str] | None = None):
         run(made.parent if stage != "student" else made, seed, log, steps, *options)
         stages[stage] = {
             "command": " ".join(["python -m fastsds.world.pretrain", *(argv if argv is not None else sys.argv[1:])]),
-            "commit": _commit(),
+            "commit": commit(),
             "seed": seed,
             "seconds": round(time.monotonic() - before),
             "threads": torch.get_num_threads(),
