@@ -290,6 +290,11 @@ def test_order_reads_what_was_released(tmp_path):
     assert load_suite("coco_order", file).items[1].captions[0] == "a dog 1 on a mat"
     edit(file, lambda found: found[4]["caption_options"].pop())
     refuses("json: row 4: caption_options: the true caption and 4 shuffles expected", "coco_order", file)
+    file = released.flickr30k_order(tmp_path, 6) / "flickr30k_test.json"
+    edit(file, lambda found: found[1].update(image="val2014/gone.jpg"))
+    refuses("json: 1 of 5 images are not in .*:\n.*row 1: val2014/gone.jpg", "flickr30k_order", file)
+    edit(file, lambda found: found[1].pop("image"))
+    refuses("json: row 1: no field 'image'; found caption_options", "flickr30k_order", file)
 
 
 def test_shuffles_are_generated_from_captions_alone(tmp_path):
@@ -400,6 +405,38 @@ def test_captions_refuse_what_is_wrong(tmp_path):
     refuses(r"annotations.json: annotations\[0\]: image_id 2 is none of images", "coco_retrieval", file)
     released.dump(file, {"captions": []})
     refuses("a list of images with captions, Karpathy's dataset", "coco_retrieval", file)
+
+
+def test_karpathys_and_cocos_files_refuse_what_is_wrong(tmp_path):
+    """dataset_coco.json and COCO's annotations: fields, images and rows that are there twice."""
+    released.coco_retrieval(tmp_path, 4)
+
+    def karpathy(pattern, k, **change):
+        said = [{"raw": "a dog"}]
+        rows = [{"filepath": "val2014", "filename": f"{n}.jpg", "split": "test", "sentences": said} for n in range(4)]
+        rows[k] = {key: value for key, value in {**rows[k], **change}.items() if value is not ...}
+        released.dump(tmp_path / "dataset_coco.json", {"images": rows})
+        refuses(f"dataset_coco.json: {pattern}", "coco_retrieval", tmp_path / "dataset_coco.json")
+
+    karpathy(r"images\[2\]: no field 'split'", 2, split=...)
+    karpathy(r"images\[1\]: filename is 7, expected a text", 1, filename=7)
+    karpathy(r"images\[3\]: no field 'raw'", 3, sentences=[{"tokens": ["a"]}])
+    karpathy(r"images\[3\]: a list of captions expected", 3, sentences=[])
+    karpathy(r"images\[3\]: image 'val2014/1.jpg' was there before, in .*images\[1\]", 3, filename="1.jpg")
+    karpathy(r"1 of 4 images are not in .*:\n.*images\[0\]: val2014/9.jpg", 0, filename="9.jpg")
+
+    def coco(pattern, images=None, annotations=None):
+        images = images or [{"id": 1, "file_name": "val2014/0.jpg"}]
+        annotations = annotations or [{"image_id": 1, "caption": "a dog"}]
+        released.dump(tmp_path / "coco_test_karpathy.json", {"images": images, "annotations": annotations})
+        refuses(f"coco_test_karpathy.json: {pattern}", "coco_retrieval", tmp_path / "coco_test_karpathy.json")
+
+    coco(r"images\[0\]: id is '1', expected a whole number", [{"id": "1", "file_name": "val2014/0.jpg"}])
+    coco(r"images\[1\]: id 1 was there before, in .*images\[0\]", [{"id": 1, "file_name": f"val2014/{k}.jpg"} for k in (0, 1)])
+    coco(r"images\[1\]: image 'val2014/0.jpg' was there", [{"id": k, "file_name": "val2014/0.jpg"} for k in (1, 2)])
+    coco(r"annotations\[0\]: caption is ' ', expected a text", annotations=[{"image_id": 1, "caption": " "}])
+    coco(r"annotations\[0\]: no field 'caption'", annotations=[{"image_id": 1}])
+    coco(r"1 of 1 images are not in .*:\n.*images\[0\]: gone.jpg", [{"id": 1, "file_name": "gone.jpg"}])
 
 
 # SugarCrepe and MMVP-VLM.

@@ -15,7 +15,7 @@ from fastsds.evaluation.measures import Metric, by_value, over_groups, over_item
 from fastsds.evaluation.prompts import pool_features, pool_scores
 from fastsds.evaluation.retrieval import places
 from fastsds.evaluation.suite import clip_benchmark, load_suite, pixels, suite_names
-from fastsds.evaluation.suites import aro, mmvp, order
+from fastsds.evaluation.suites import aro, mmvp, order, sugarcrepe
 from fastsds.evaluation.winoground import tied
 
 N = 1000
@@ -42,7 +42,7 @@ def test_choice_is_the_references_argmax():
     alone = [sum(x >= five[0][0] for (x,) in five) == 1 for five in fives.tolist()]
     assert found["accuracy_strict"].tolist() == alone
     assert found["tied"].sum() == found["accuracy"].sum() - found["accuracy_strict"].sum() > 100
-    assert aro._judge(pairs)["accuracy"].tolist() == right.tolist()
+    assert aro._judge(pairs)["accuracy"].tolist() == sugarcrepe._judge(pairs)["accuracy"].tolist() == right.tolist()
 
 
 def test_winoground_ties_are_those_of_its_comparisons():
@@ -80,6 +80,21 @@ def test_places_are_those_of_a_sort():
             assert found.found_strictly(k)[q] == any(mine[c] for c in worst[:k])
     assert (found.level > 0).mean() > 0.3 and (found.before < found.level).any() and (found.before > 0).any()
     assert all(np.array_equal(a, b) for a, b in zip(found, places(scores, own, labels), strict=True))
+
+
+def test_classes_are_the_first_of_a_sort(tmp_path):
+    """1,000 images of 7 classes: argmax, which takes the first of equals, and the first five of a stable sort."""
+    suite = load_suite("zeroshot", *released.write("zeroshot", tmp_path, N))
+    scores = with_ties(7, seed=11).T  # [classes, images]
+    found, labels = suite.outcomes(scores), [item.about["label"] for item in suite.items]
+    for k, label in enumerate(labels):
+        row = scores[:, k].tolist()
+        listed = sorted(range(7), key=lambda c, row=row: -row[c])
+        above, level = (sum(row[c] > row[label] for c in range(7)), sum(row[c] == row[label] for c in range(7)) - 1)
+        assert found["top1"][k] == (row.index(max(row)) == label) == (listed[0] == label)
+        assert found["top5"][k] == (label in listed[:5]) and found["tied"][k] == (level > 0)
+        assert found["top1_strict"][k] == (above + level < 1) and found["top5_strict"][k] == (above + level < 5)
+    assert found["top1"].sum() > found["top1_strict"].sum() > 20 and found["top5"].sum() > found["top5_strict"].sum()
 
 
 def test_places_refuse_what_has_no_place():

@@ -10,8 +10,8 @@ from fastsds.evaluation.statistics import paired_bootstrap
 from fastsds.export.origin import Origin
 from fastsds.history import Run, Score
 from fastsds.provenance import commit, versions
-from fastsds.report import as_markdown
 from fastsds.student import HEAD_FILE
+from fastsds.tables import as_markdown
 
 PAPER = "https://arxiv.org/abs/2307.09233"
 CLAIMS = (

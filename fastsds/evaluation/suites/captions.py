@@ -77,12 +77,12 @@ def _sentences(file: Path, rows: list, split: str) -> dict[str, tuple[str, list]
 
 
 def _annotations(file: Path, found: dict) -> dict[str, tuple[str, list]]:
-    said, seen, names = {}, {}, {}
+    said, seen, ids, names = {}, {}, {}, {}
     for k, row in enumerate(found["images"]):
         where = f"{file}: images[{k}]"
         number, name = field(where, row, "id", int), field(where, row, "file_name", str)
         unique(seen, name, where, "image")
-        unique(names, number, where, "id")
+        unique(ids, number, where, "id")
         names[number] = name
         said[name] = (where, [])
     for k, row in enumerate(field(str(file), found, "annotations", list)):
