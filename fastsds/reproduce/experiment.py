@@ -192,8 +192,8 @@ def missing(experiment: Experiment) -> list[str]:
 
 def check_metrics(experiment: Experiment, name: str, suite: Suite) -> None:
     """Raise a ConfigError where a suite has no metric that its section names."""
-    known = [*suite.measures, *readings(suite.measures)]
     for key in ("headline", "claims", "zero_shot"):
+        known = [*suite.measures, *(readings(suite.measures) if key == "headline" else [])]
         for metric in getattr(experiment.said.evaluation[name], key):
             if metric not in known:
                 raise ConfigError(
