@@ -1,8 +1,8 @@
 """Run commands a few at a time, show one progress line for all, and keep what they gave.
 
 A job owns a folder. It is finished when its done.json is there; a finished job with the same key is not run again, an
-unfinished one goes on if it says how, or starts anew. If Ctrl-C comes, or a job fails that no other may outlive, all that runs is
-stopped before anything else.
+unfinished one goes on if it says how, or starts anew. When Ctrl-C comes, or a job fails and `keep_going` is off, all that runs
+is stopped before anything else.
 """
 
 import hashlib
@@ -102,8 +102,8 @@ class Job:
 def run(jobs: list[Job], places: Sequence[dict[str, str]] = PLACES, fresh: bool = False, keep_going: bool = False) -> None:
     """Run all jobs, a command in each place at a time, in order as far as their needs allow.
 
-    Args: places: what to add to the environment of the command that runs there. fresh: finished ones again. keep_going: a job that
-        fails ends only those that need it.
+    Args: places: what to add to the environment of the command that runs there. fresh: finished ones again. keep_going: a job
+        that fails ends only those that need it.
     Raises: Failed with the tail of each failed job's log. KeyboardInterrupt once everything is stopped.
     """
     waiting, running, line = list(jobs), [], Line()
@@ -168,7 +168,8 @@ def _advance(job: Job) -> None:
         except Exception as error:  # a bug, or a disk that is full: the log has the whole of it
             with open(job.log, "a", encoding="utf-8") as log:
                 traceback.print_exception(error, file=log)
-            raise Failed(f"{job.name}: {type(error).__name__}: {error}. The end of {job.log}:\n{tail(job.log, TAIL)}", 1) from error
+            said = f"{job.name}: {type(error).__name__}: {error}. The end of {job.log}:"
+            raise Failed(f"{said}\n{tail(job.log, TAIL)}", 1) from error
 
 
 def _in_background(measure: Callable[[], dict]) -> Future:

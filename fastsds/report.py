@@ -116,7 +116,7 @@ def intervals_table(
 
 
 def claims_table(
-    lines: Sequence[tuple[tuple[str, ...], Key, Difference, float | None]], names: tuple[str, ...]
+    lines: Sequence[tuple[tuple[str, ...], Key, Difference, float]], names: tuple[str, ...]
 ) -> Table:
     """What is tested, one a row: the difference with its 95 % interval and p, and Holm's p over all rows."""
     suites, splits = ({place(key) for _, key, _, _ in lines} for place in (lambda k: k[0], lambda k: _split(k[1])[0]))
@@ -124,7 +124,7 @@ def claims_table(
     for of, (suite, metric), difference, adjusted in lines:
         split, name = _split(metric)
         where = [*[suite] * (len(suites) > 1), *[SPLIT_NAMES.get(split, "")] * (splits != {""})]
-        rows.append([*of, *where, TITLES.get(name, name), str(difference), "" if adjusted is None else shown(adjusted)])
+        rows.append([*of, *where, TITLES.get(name, name), str(difference), shown(adjusted).removeprefix("= ")])
     where = [*["suite"] * (len(suites) > 1), *["combinations"] * (splits != {""})]
     return [*names, *where, "score", "points", "Holm p"], rows
 

@@ -1,7 +1,7 @@
 """`fastsds reproduce FILE.yaml`: everything that a table takes, from one file, and the table: docs/reproduce.md.
 
-What is finished is not run again, what was cut off goes on: the same command, until it prints the table. A run that fails leaves
-the others running; its log is shown at the end.
+What is finished is not run again, what was cut off goes on: the same command, until it prints the table. A run that fails
+leaves the others running; the end of its log is shown last.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from fastsds.jobs import Job
 from fastsds.progress import clock
 from fastsds.provenance import provenance
 from fastsds.reproduce import experiment as files
-from fastsds.reproduce.experiment import Experiment
-from fastsds.reproduce.runs import Plan, plan
+from fastsds.reproduce.runs import Cell, Plan, plan
 from fastsds.reproduce.table import Findings
 
 
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped: nothing is left running; the same command goes on with what is not finished", file=sys.stderr)
         return 130
-    written = write(made, argv)
+    written = write(made, ["fastsds reproduce", *argv])
     print(f"\n{clock(time.monotonic() - began)} in all. Written:\n" + "\n".join(f"  {path}" for path in written))
     return 0
 
@@ -80,25 +79,33 @@ def look(made: Plan) -> None:
 
 
 def overview(made: Plan) -> list[str]:
-    """All jobs, what is done, and how long the rest takes, by what those of its kind took."""
-    kinds = {id(job): "bank" for job in made.banks} | {id(job): "run" for job in made.runs.values()}
-    kinds |= {id(job): "evaluation" for job in made.evaluations.values()}
-    groups: dict[str, list[Job]] = {}
+    """All that is to run, what is done, and how long the rest takes, by what those of its kind took."""
+    asked: dict[Cell, list[Job]] = {}
+    for (cell, _), job in made.evaluations.items():
+        asked.setdefault(cell, []).append(job)
+    of_run = {job: asked[cell] for cell, job in made.runs.items()}
+    evaluations = {job for of in asked.values() for job in of}
     lines = []
     for job in made.jobs:
-        groups.setdefault(kinds.get(id(job), "pretraining"), []).append(job)
-        state = "done" if job.results is not None else "cut off" if (job.folder / "job.json").is_file() else "to do"
-        lines.append(f"{state:<8} {job.name}")
-    total, unknown = 0.0, []
-    for kind, of in groups.items():
+        if job not in evaluations:
+            done = f"; asked {sum(j.results is not None for j in of_run[job])} of {len(of_run[job])}" if job in of_run else ""
+            lines.append(f"{_state(job):<8} {job.name}{done}")
+    lines += [f"{_state(job):<8} {job.name}" for cell, of in asked.items() if cell not in made.runs for job in of]
+    kinds = {"bank": set(made.banks), "run": set(of_run), "evaluation": evaluations}
+    kinds = {"pretraining": set(made.jobs).difference(*kinds.values()), **kinds}
+    total, unknown, at_a_time = 0.0, [], len(places())
+    for kind, of in kinds.items():
         done = [job.results["seconds_in_all"] for job in of if job.results is not None]
         left = len(of) - len(done)
-        lines.append(f"{kind}: {len(of)}, {len(done)} done" + (f", {sum(done) / len(done):.0f} s each" if done else ""))
+        lines += [f"{kind}: {len(of)}, {len(done)} done" + (f", {sum(done) / len(done):.0f} s each" if done else "")] * bool(of)
         total += left * sum(done) / len(done) if done else 0.0
         unknown += [kind] * (left > 0 and not done)
-    at_a_time = len(places())
-    lines.append(f"left: about {clock(total / at_a_time)}, {at_a_time} at a time" if not unknown else "left: " + _unmeasured(made, unknown))
-    return lines
+    rest = _unmeasured(made, unknown) if unknown else f"about {clock(total / at_a_time)}, {at_a_time} at a time"
+    return [*lines, f"left: {rest}"]
+
+
+def _state(job: Job) -> str:
+    return "done" if job.results is not None else "cut off" if (job.folder / "job.json").is_file() else "to do"
 
 
 def _unmeasured(made: Plan, unknown: list[str]) -> str:
@@ -114,17 +121,20 @@ def _images(job: Job) -> int:
     return data["batch"] * data["accumulation"]
 
 
-def write(made: Plan, argv: list[str]) -> list[Path]:
-    """Print the tables; write them as markdown, everything as JSON, and the curves where there are several data sizes."""
+def write(made: Plan, command: list[str], more: tuple[str, ...] = (), heading: tuple[str, ...] = ()) -> list[Path]:
+    """Print the tables; write them as markdown, everything as JSON, and the curves where there are several data sizes.
+
+    Args: command: what was typed. more: notes. heading: above the tables in markdown.
+    """
     found, experiment = Findings(made), made.experiment
-    all_tables, notes = found.tables(), found.notes()
+    all_tables, notes = found.tables(), [*found.notes(), *more]
     for table in all_tables:
         print("\n" + tables.as_text(*table))
     print("\n" + "\n".join(notes))
-    source = {"command": " ".join(["fastsds reproduce", *argv]), **provenance()}
+    source = {"command": " ".join(command), **provenance()}
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     stamp = f"`{source['command']}`, commit {source['commit']}; {versions}; {source['machine']}."
-    parts = [*(tables.as_markdown(*table) for table in all_tables), *notes, stamp]
+    parts = [*heading, *(tables.as_markdown(*table) for table in all_tables), *notes, stamp]
     written = [experiment.output / name for name in ("table.md", "results.json")]
     written[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     everything = {**source, "file": files.plain(experiment.said), "set": experiment.overrides, "notes": notes, **found.plain()}

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -34,11 +35,12 @@ class Backbone:
 class Arm:
     """One way to train.
 
-    against: whose scores its own are compared with. same_time_as: train for as long as that arm did, by the measured speeds.
-    pretrain: in place of the backbone's.
+    recipe, pretrain: in place of the file's and the backbone's. against: whose scores its own are compared with. same_time_as:
+    train for as long as that arm did, by the measured speeds.
     """
 
     label: str | None = None
+    recipe: str | None = None
     sets: dict = field(default_factory=dict)
     against: tuple[str, ...] = ()
     same_time_as: str | None = None
@@ -90,7 +92,7 @@ class Experiment:
         own = None if arm is None else self.said.arms[arm].pretrain
         return self.said.backbones[backbone].pretrain if own is None else own
 
-    def recipe(self, backbone: str, arm: str, pairs: int | str, seed: int = 0, student: Path | None = None) -> Recipe:
+    def recipe(self, backbone: str, pairs: int | str, arm: str, seed: int = 0, student: Path | None = None) -> Recipe:
         """What one run trains. student: where it starts, if something made that.
 
         An arm whose gradient is amortised has the bank that all arms and seeds with its settings share, unless it names one.
@@ -102,7 +104,8 @@ class Experiment:
             self._over("pairs", {} if pairs == ALL else {"data.samples": pairs}), *self.overrides,
             self._over("seeds", {"seed": seed}), self._over("pretrain", {"student.model": str(student)} if student else {}),
         ]  # fmt: skip
-        base = None if said.recipe is None else self._path(said.recipe)
+        base = said.arms[arm].recipe or said.recipe
+        base = base and self._path(base)
         made = load_recipe(base, layers, checked=False)
         if made.loss.gradient == "amortised" and made.bank.path is None:
             folder = self.output / "banks" / digest(bank_settings(made)) / "bank"
@@ -114,11 +117,6 @@ class Experiment:
     def makes_bank(self, recipe: Recipe) -> bool:
         """Whether a recipe's bank is one of the experiment's own."""
         return recipe.bank.path is not None and self.output / "banks" in Path(recipe.bank.path).parents
-
-    def twin(self, arm: str) -> str | None:
-        """Another arm with the same settings: the one by whose speed `same_time_as` is reckoned."""
-        arms = self.said.arms
-        return next((a for a in arms if a != arm and (arms[a].sets, arms[a].pretrain) == (arms[arm].sets, arms[arm].pretrain)), None)
 
     def suite(self, name: str) -> Suite:
         """Read a suite from where it lies. Raises: ConfigError."""
@@ -137,6 +135,15 @@ class Experiment:
 
     def _sometimes_path(self, value):
         return str(self._path(value)) if isinstance(value, str) and self._path(value).exists() else value
+
+
+def twin(said: Reproduction, arm: str) -> str | None:
+    """Another arm with the same settings and steps of its own: the one by whose speed `same_time_as` is reckoned."""
+
+    def settings(name: str):
+        return said.arms[name].recipe, said.arms[name].sets, said.arms[name].pretrain
+
+    return next((a for a in said.arms if a != arm and settings(a) == settings(arm) and said.arms[a].same_time_as is None), None)
 
 
 def find(name: str) -> Path:
@@ -162,24 +169,24 @@ def load(
     _check(file, said)
     said = replace(_only(said, only), seeds=said.seeds if seeds is None else seeds)
     experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
-    for backbone, arm, pairs in experiment_cells(said):
-        recipe = experiment.recipe(backbone, arm, pairs)
+    for backbone, pairs, arm in trained(said):
+        recipe = experiment.recipe(backbone, pairs, arm)
         if recipe.bank.path and recipe.data.source == "world" and recipe.data.samples is None:
             raise ConfigError(f"{file}: arms.{arm}: a bank needs a data set that ends; expected data.samples in sets, or pairs")
     return experiment
 
 
-def experiment_cells(said: Reproduction) -> Iterable[tuple[str, str, int | str]]:
-    """(backbone, arm, pairs) of all that is trained."""
-    return ((b, a, p) for b in said.backbones for p in said.pairs for a in said.arms)
+def trained(said: Reproduction) -> Iterable[tuple[str, int | str, str]]:
+    """(backbone, pairs, arm) of all that is trained, for each seed."""
+    return product(said.backbones, said.pairs, said.arms)
 
 
 def missing(experiment: Experiment) -> list[str]:
     """What the file names and this disk does not hold, or holds wrongly: one line each."""
     found = {}
-    for backbone, arm, pairs in experiment_cells(experiment.said):
+    for one in trained(experiment.said):
         try:
-            check(experiment.recipe(backbone, arm, pairs))
+            check(experiment.recipe(*one))
         except ConfigError as error:
             found[str(error)] = None
     for name in experiment.said.evaluation:
@@ -254,6 +261,8 @@ def _check(file: Path, said: Reproduction) -> None:
                     raise wrong(f"arms.{name}.{key}", other, f"another arm{near}")
         if arm.same_time_as and said.arms[arm.same_time_as].same_time_as:
             raise wrong(f"arms.{name}.same_time_as", arm.same_time_as, "an arm that trains for steps of its own")
+        if arm.same_time_as and twin(said, name) is None:
+            raise wrong(f"arms.{name}.sets", arm.sets, "those of another arm, by whose speed its time is reckoned in steps")
     for of in (said.backbones, said.arms):
         for name, section in of.items():
             if section.pretrain and not any("{folder}" in word for word in section.pretrain):
@@ -270,7 +279,8 @@ def _only(said: Reproduction, only: Sequence[str]) -> Reproduction:
     kept = {key: {n: v for n, v in of.items() if n in only} or of for key, of in kinds.items()}
     arms = kept["arms"]
     for name, arm in arms.items():
-        if arm.same_time_as and arm.same_time_as not in arms:
-            raise ConfigError(f"--only: {name} trains as long as {arm.same_time_as}; name that, too")
+        for other in (arm.same_time_as, twin(said, name)) if arm.same_time_as else ():
+            if other not in arms:
+                raise ConfigError(f"--only: {name} trains as long as {arm.same_time_as}; name {other}, too")
         arms = arms | {name: replace(arm, against=tuple(a for a in arm.against if a in (*kept["arms"], START)))}
     return replace(said, arms=arms, backbones=kept["backbones"])

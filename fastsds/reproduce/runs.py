@@ -19,11 +19,9 @@ from fastsds import checkpoint, comparison
 from fastsds.config import Recipe, as_dict, dump_recipe
 from fastsds.engine import device
 from fastsds.evaluation.results import Result, load_result
-from fastsds.evaluation.run import evaluate
-from fastsds.evaluation.scorer import ClipScorer
 from fastsds.evaluation.suite import Suite
 from fastsds.jobs import Job
-from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings
+from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, twin
 from fastsds.student import load_student
 
 RECIPE = "recipe.yaml"
@@ -95,7 +93,7 @@ def _add(made: Plan, cell: Cell) -> None:
         needs = [*needs, bank]
     pair = ()
     if arm.same_time_as:
-        pair = tuple(made.runs[cell._replace(arm=other)] for other in (experiment.twin(cell.arm), arm.same_time_as))
+        pair = tuple(made.runs[cell._replace(arm=other)] for other in (twin(experiment.said, cell.arm), arm.same_time_as))
     folder = seeded / str(cell.pairs) / cell.arm
     made.runs[cell] = made.put(training(folder, recipe, [*needs, *pair], pair))
     for suite in experiment.said.evaluation:
@@ -171,8 +169,7 @@ def evaluation(
 
     def measure() -> dict:
         student = load_student(model, pretrained, device=device()).eval()
-        result = evaluate(made.suites[suite], ClipScorer(student), folder)
-        return {"metrics": {**result.metrics, **comparison.readings(student, made.suites[suite], recipe.teacher.path)}}
+        return {"metrics": comparison.ask(student, made.suites[suite], folder, recipe.teacher.path)}
 
     key = {"suite": asked.suite or suite, "path": asked.path, "options": asked.options, "student": [model, pretrained]}
     key["weights"] = comparison.weights()

@@ -102,9 +102,8 @@ class Findings:
     def zero_shot(self) -> dict[tuple[Line, Key], Change]:
         """By trained line, and by metric that must not be lost."""
         keys = [(suite, metric) for suite, asked in self.said.evaluation.items() for metric in asked.zero_shot]
-        return {
-            (line, key): self._change(self.cells[line], key) for line in self.lines if line.arm in self.said.arms for key in keys
-        }
+        trained = [line for line in self.lines if line.arm in self.said.arms]
+        return {(line, key): self._change(self.cells[line], key) for line in trained for key in keys}
 
     def result(self, cell: Cell, suite: str) -> Result:
         if (cell, suite) not in self.kept:
@@ -119,6 +118,9 @@ class Findings:
     def label(self, line: Line) -> str:
         arm = self.said.arms.get(line.arm)
         return line.arm.replace("_", " of ", 1) if arm is None else arm.label or line.arm
+
+    def whole(self, line: Line) -> str:
+        return " ".join((*self._names(line), self.label(line)))
 
     # What is printed.
 
@@ -141,7 +143,8 @@ class Findings:
             matrix.setdefault(self._of(one), {})[one.key] = one.difference
         tested = [(self._of(one), one.key, one.difference, one.p_holm) for one in self.compared if one.p_holm is not None]
         if matrix:
-            found.append(intervals_table(list(matrix.items()), self.headline, (*titles, "difference")))
+            columns = [key for key in self.headline if any(key in of for of in matrix.values())]
+            found.append(intervals_table(list(matrix.items()), columns, (*titles, "difference")))
         if tested:
             found.append(claims_table(tested, (*titles, "claim")))
         return found
@@ -151,19 +154,21 @@ class Findings:
         said, found = self.said, []
         seeds = {len(cells) for line, cells in self.cells.items() if line.arm in said.arms}
         found.append(
-            f"{max(seeds)} seed(s): mean and deviation over seeds, in percent. Differences are paired, with 95 % intervals: two-level "
-            "bootstrap (seeds, then items), widened for few seeds; with one seed over items alone. Holm's correction: over all claims."
+            f"{max(seeds)} seed(s): mean and deviation over seeds, in percent. Differences are paired, with 95 % intervals: "
+            "two-level bootstrap (seeds, then items), widened for few seeds; with one seed over items alone. Holm's correction "
+            "is over all claims."
         )
         if self.zero_shot:
             found.append(
-                f"Zero-shot: an arm minus its own start; at most {said.zero_shot_bound:g} points may be lost, by the mean (lost) and by "
-                "its one-sided 95 % interval (not excluded)."
+                f"Zero-shot: an arm minus its own start; at most {said.zero_shot_bound:g} points may be lost, by the mean "
+                "(else: lost) and by its one-sided 95 % interval (else: not excluded)."
             )
-        for (line, key), change in self.zero_shot.items():
-            if change.verdict != "kept":
-                found.append(f"Flagged: {' '.join((*self._names(line), self.label(line)))}, {' '.join(key)}: {change}.")
-        seconds = {line: self.seconds(line) for line in self.lines if line.arm in said.arms}
-        times = ", ".join(f"{' '.join((*self._names(line), self.label(line)))} {np.mean(s):.0f}" for line, s in seconds.items())
+        for verdict in ("lost", "not excluded"):
+            flagged = [(line, *key) for (line, key), change in self.zero_shot.items() if change.verdict == verdict]
+            words = "; ".join(f"{self.whole(line)}, {suite} {metric}" for line, suite, metric in flagged)
+            found += [f"Zero-shot, {verdict}: {words}."] * bool(flagged)
+        trained = [line for line in self.lines if line.arm in said.arms]
+        times = "; ".join(f"{self.whole(line)} {np.mean(self.seconds(line)):.0f}" for line in trained)
         found.append(f"Seconds of training, mean: {times}.")
         if banks := self.plan.banks:
             times = ", ".join(f"{job.name} {job.results['seconds_in_all']:.0f}" for job in banks)
@@ -205,15 +210,15 @@ class Findings:
 
         A start has one point, at 0. The metrics are those claimed, or else each suite's first.
         """
-        keys = [
-            (suite, metric) for suite, asked in self.said.evaluation.items() for metric in asked.claims or self._columns(suite)[:1]
-        ]
+        asked = {suite: of.claims or self._columns(suite)[:1] for suite, of in self.said.evaluation.items()}
+        keys = [(suite, metric) for suite, metrics in asked.items() for metric in metrics]
         found: dict[str, dict] = {}
         for line in self.lines:
             seen = [self.plan.runs[c].results["pairs"] if c in self.plan.runs else 0 for c in self.cells[line]]
             for key in keys:
                 values = [self.metrics(cell)[key] for cell in self.cells[line]]
-                panel = found.setdefault(" ".join((line.backbone, *key)), {})
+                names = [*[line.backbone] * (len(self.said.backbones) > 1), *[key[0]] * (len(asked) > 1), key[1]]
+                panel = found.setdefault(" ".join(names), {})
                 deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
                 panel.setdefault(self.label(line), []).append((float(np.mean(seen)), float(np.mean(values)), deviation))
         return {panel: {label: sorted(points) for label, points in of.items()} for panel, of in found.items()}
