@@ -75,12 +75,18 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Item:
-    """Images and captions that are compared with one another. about: what results are broken down by."""
+    """Images and captions that are compared with one another.
+
+    about: what results are broken down by. chosen: which choices decide its outcomes: "captions", those of each image among
+    the captions, "images", those of each caption among the images. An outcome depends on who comes first in these, and on
+    ties for it, alone; so a scorer may stop where that is settled.
+    """
 
     id: str
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    chosen: tuple[str, ...] = ("captions", "images")
 
 
 def pixels(ref: ImageRef, size: int) -> torch.Tensor:
