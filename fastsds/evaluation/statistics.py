@@ -1,11 +1,11 @@
 """Statistics of paired comparisons: every difference of two models is taken on the same items. numpy alone.
 
 Intervals are percentile bootstrap intervals of the mean difference a - b, from a seed; all values are as given (shares,
-percentages), nothing is scaled. weights [N]: of a weighted mean sum w d / sum w, as a macro mean is one; None: all alike. A
-resample of items takes their weights along.
+percentages), nothing is scaled. weights [N]: of a weighted mean sum w d / sum w, as a macro mean is one; None: all alike.
 """
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: bounds the index matrix
+MANY = 1000  # degrees of freedom, past which t is the normal
 
 
 class Interval(NamedTuple):
@@ -51,7 +52,7 @@ def sign_flips(a, b, weights=None, resamples: int = RESAMPLES, seed: int = 0) ->
     """The two-sided p of sum w (a - b) if each item's a and b might as well be exchanged, by so many random exchanges.
 
     p = (1 + resamples with |sum +-w d| >= |sum w d|) / (1 + resamples). With equal weights and a, b of 0 and 1 it estimates
-    McNemar's p. Shapes: a, b [N].
+    McNemar's p. Shapes: a, b, weights [N]; None: all alike.
     """
     a, b = _paired(a, b)
     v = (a - b) * (1.0 if weights is None else _weights(weights, len(a)))
@@ -62,22 +63,17 @@ def sign_flips(a, b, weights=None, resamples: int = RESAMPLES, seed: int = 0) ->
     return float((1 + reached) / (1 + resamples))
 
 
-def standard_error(values, weights=None) -> float:
-    """Of a weighted mean m of independent items: sqrt(sum w^2 (x - m)^2) / sum w, sqrt(m (1 - m) / N) of equal weights and 0/1.
-
-    Shapes: values [N].
-    """
-    x = np.asarray(values, np.float64)
-    w = np.ones(len(x)) if weights is None else _weights(weights, len(x))
-    return float(np.sqrt((w**2 * (x - (w @ x) / w.sum()) ** 2).sum()) / w.sum())
-
-
 def paired_bootstrap(a, b, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95, weights=None) -> Interval:
-    """The mean of a - b over items, and its percentile interval from items drawn with replacement. Shapes: a, b [N]."""
+    """The mean of a - b over items, and its percentile interval from items drawn with replacement, their weights with them.
+
+    Where few items have much of the weight (rare groups of a macro mean) the percentile interval is too short: the tails are
+    taken at Phi(-t_f), f = (sum w^2)^2 / sum w^4 degrees of freedom (Satterthwaite's, if all items vary alike).
+    Shapes: a, b [N].
+    """
     a, b = _paired(a, b)
     d, w, generator = a - b, _weights(weights, len(a)), np.random.default_rng(seed)
     means = [_means(d, w, generator.integers(len(d), size=(n, len(d)))) for n in _chunks(resamples, len(d))]
-    return _interval(np.average(d, weights=w), np.concatenate(means), (1 - level) / 2)
+    return _interval(np.average(d, weights=w), np.concatenate(means), _tail(level, w))
 
 
 def two_level_bootstrap(
@@ -91,13 +87,10 @@ def two_level_bootstrap(
     expand: with S seeds the percentile interval is too short, by sqrt((S - 1) / S) and by normal in place of t; the tails
         are taken at Phi(-sqrt(S / (S - 1)) t_{S-1}) instead (Hesterberg 2015, section 5.3). One seed: items alone.
     Shapes: a, b [S][N]; without shared_items N may differ between seeds. Every seed has the same weight. weights: with
-        shared_items alone.
+        shared_items alone; of one seed as in `paired_bootstrap`.
     """
     difference, means = _two_levels(a, b, resamples, seed, shared_items, weights)
-    count, tail = len(a), (1 - level) / 2
-    if expand and count > 1:
-        tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(1 - tail, count - 1))
-    return _interval(difference, means, tail)
+    return _interval(difference, means, _tail(level, weights, len(a) if expand else 1))
 
 
 def two_level_p(a, b, resamples: int = RESAMPLES, seed: int = 0, weights=None) -> float:
@@ -171,6 +164,7 @@ def holm(p) -> list[float]:
     return adjusted
 
 
+@lru_cache
 def t_quantile(probability: float, dof: int) -> float:
     """The quantile of Student's t for a whole number of degrees of freedom."""
     low, high = -1e6, 1e6
@@ -200,6 +194,18 @@ def t_cdf(t: float, dof: int) -> float:
 def _interval(difference, means: np.ndarray, tail: float) -> Interval:
     low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(float(difference), float(low), float(high))
+
+
+def _tail(level: float, weights, seeds: int = 1) -> float:
+    """What an interval leaves out on either side."""
+    tail = (1 - level) / 2
+    if seeds > 1:
+        return NormalDist().cdf(-math.sqrt(seeds / (seeds - 1)) * t_quantile(1 - tail, seeds - 1))
+    if weights is None:
+        return tail
+    w = np.asarray(weights)
+    dof = int((w**2).sum() ** 2 / (w**4).sum() + 1e-9)
+    return NormalDist().cdf(-t_quantile(1 - tail, dof)) if dof < MANY else tail
 
 
 def _means(d: np.ndarray, w: np.ndarray | None, items: np.ndarray) -> np.ndarray:

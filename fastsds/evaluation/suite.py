@@ -75,12 +75,18 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Item:
-    """Images and captions that are compared with one another. about: what results are broken down by."""
+    """Images and captions that are compared with one another.
+
+    about: what results are broken down by. chosen: which choices decide its outcomes: "captions", those of each image among
+    the captions, "images", those of each caption among the images. An outcome depends on who comes first in these, and on
+    ties for it, alone; so a scorer may stop where that is settled.
+    """
 
     id: str
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    chosen: tuple[str, ...] = ("captions", "images")
 
 
 def pixels(ref: ImageRef, size: int) -> torch.Tensor:
@@ -317,6 +323,15 @@ def suite_names() -> list[str]:
     return sorted(LOADERS)
 
 
+def options_of(name: str) -> dict[str, type]:
+    """The options of a suite and their types: those of its loader, and `items`. Raises: ConfigError for an unknown suite."""
+    if name not in (names := suite_names()):
+        near = difflib.get_close_matches(name, names, 1)
+        raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}" + f"; nearest: {near[0]}" * bool(near))
+    own = list(inspect.signature(LOADERS[name]).parameters.values())[name not in MADE :]
+    return {option.name: option.annotation for option in own} | {"items": int}
+
+
 def load_suite(name: str, path=None, items: int | None = None, **options) -> Suite:
     """Read a suite from where it lies. Nothing is downloaded, and no image is decoded.
 
@@ -324,20 +339,16 @@ def load_suite(name: str, path=None, items: int | None = None, **options) -> Sui
         (`Suite.kind`; the world's swaps, classes) where there are kinds, else of the suite; of a retrieval suite, images.
     Raises: ConfigError that names the suite, or option, or the file and row, and what was expected.
     """
-    if name not in (names := suite_names()):
-        near = difflib.get_close_matches(name, names, 1)
-        raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}" + f"; nearest: {near[0]}" * bool(near))
-    known = list(inspect.signature(LOADERS[name]).parameters)[name not in MADE :]
+    known = options_of(name)
     if unknown := [option for option in options if option not in known]:
-        others = ", ".join(option for option in known if option != "items") or "none"
-        raise ConfigError(f"suite {name}: unknown option {unknown[0]!r}, expected one of {others}")
+        raise ConfigError(f"suite {name}: unknown option {unknown[0]!r}, expected one of {', '.join(known)}")
     if name in MADE and path is not None:
         raise ConfigError(f"suite {name}: made here, of no data: expected no path, found {path}")
     if name not in MADE and path is None:
         raise ConfigError(f"suite {name}: expected the path of its data (docs/evaluation.md)")
     if path is not None and not Path(path).exists():
         raise ConfigError(f"suite {name}: {path} does not exist")
-    own = items is not None and "items" in known
+    own = items is not None and "items" in inspect.signature(LOADERS[name]).parameters
     suite = LOADERS[name](*([] if path is None else [Path(path)]), **options, **({"items": items} if own else {}))
     return suite if items is None or own else first_items(suite, items)
 

@@ -38,7 +38,7 @@ def load(path: Path) -> Suite:
             raise ConfigError(f"{where}: Type is {other!r}, but {pattern!r} for question {first}, its partner")
         refs = [_image(images, kind, first + k, where) for k, (where, kind, _) in enumerate(pair)]
         captions = tuple(PROMPT + statement for _, _, statement in pair)
-        items.append(Item(f"{first}-{first + 1}", tuple(refs), captions, {"pattern": pattern}))
+        items.append(Item(f"{first}-{first + 1}", tuple(refs), captions, {"pattern": pattern}, chosen=("images",)))
     if alone := [number for number in rows if number % 2 == 0]:
         raise ConfigError(f"{rows[alone[0]][0]}: question {alone[0]} has no partner {alone[0] - 1}")
     if not items:

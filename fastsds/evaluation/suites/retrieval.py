@@ -1,6 +1,9 @@
 """Image-text retrieval on COCO and Flickr30k (Karpathy's splits): recall at 1, 5 and 10, both ways, over the whole gallery.
 
-The file and the images: see captions.py. All captions of an image that the file has are its own (COCO's test split: 25,010 of
+    FOLDER/coco_karpathy_test.json, dataset_coco.json, coco_test_karpathy.json;  flickr30k_test.json, dataset_flickr30k.json
+    images, by the names in the file, in FOLDER or the folder `images`
+
+What is in the files: see captions.py. All captions of an image that the file has are its own (COCO's test split: 25,010 of
 5,000 images).
 
     image_retrieval_recall@k      a caption finds its image among the first k
