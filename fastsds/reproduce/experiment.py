@@ -120,12 +120,16 @@ class Experiment:
 
     def suite(self, name: str) -> Suite:
         """Read a suite from where it lies. Raises: ConfigError."""
-        asked = self.said.evaluation[name]
-        options = {key: self._sometimes_path(value) for key, value in asked.options.items()}
+        path, options = self.places(name)
         try:
-            return load_suite(asked.suite or name, asked.path and self._path(asked.path), **options)
+            return load_suite(self.said.evaluation[name].suite or name, path, **options)
         except ConfigError as error:
             raise ConfigError(f"{self.file}: evaluation.{name}: {error}") from None
+
+    def places(self, name: str) -> tuple[Path | None, dict]:
+        """Where a suite lies, and its options; what of them is there, relative to the file, is a path."""
+        asked = self.said.evaluation[name]
+        return asked.path and self._path(asked.path), {k: self._sometimes_path(v) for k, v in asked.options.items()}
 
     def _over(self, key: str, values: dict) -> Over:
         return Over(f"{self.file}: {key}", values, self.file.parent)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from fastsds import checkpoint, comparison
 from fastsds.config import Recipe, as_dict, dump_recipe
 from fastsds.engine import device
-from fastsds.evaluation.results import Result, load_result
+from fastsds.evaluation.results import RESULT, Result, load_result
 from fastsds.evaluation.suite import Suite
 from fastsds.jobs import Job
 from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, twin
@@ -54,7 +54,8 @@ class Plan:
 
     def result(self, cell: Cell, suite: str) -> Result:
         """What was kept of a finished evaluation."""
-        return load_result(self.evaluations[cell, suite].folder)
+        job = self.evaluations[cell, suite]
+        return load_result(job.folder / job.results["kept"])
 
     def put(self, job: Job) -> Job:
         """The job; or the one that is planned for its folder already. Progress calls it by its folder."""
@@ -164,16 +165,32 @@ def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ..
 def evaluation(
     made: Plan, suite: str, folder: Path, model: str, pretrained: str | None, recipe: Recipe, needs: list[Job]
 ) -> Job:
-    """One suite asked of one student, in this process. One that was cut off goes on."""
+    """One suite asked of one student: by `fastsds eval` in a place of its own, or here what is made here, of no data.
+
+    One that was cut off goes on.
+    """
     asked = made.experiment.said.evaluation[suite]
-
-    def measure() -> dict:
-        student = load_student(model, pretrained, device=device()).eval()
-        return {"metrics": comparison.ask(student, made.suites[suite], folder, recipe.teacher.path)}
-
-    key = {"suite": asked.suite or suite, "path": asked.path, "options": asked.options, "student": [model, pretrained]}
+    name = asked.suite or suite
+    key = {"suite": name, "path": asked.path, "options": asked.options, "student": [model, pretrained]}
     key["weights"] = comparison.weights()
-    return Job("", folder, lambda: None, measure, list(needs), key, go_on=list)
+
+    def here() -> dict:
+        student = load_student(model, pretrained, device=device()).eval()
+        return {"metrics": comparison.ask(student, made.suites[suite], folder, recipe.teacher.path), "kept": "."}
+
+    def read() -> dict:
+        (kept,) = folder.glob(f"*/*/{RESULT}")
+        return {"metrics": load_result(kept.parent).metrics, "kept": str(kept.parent.relative_to(folder))}
+
+    def command() -> list[str]:
+        path, options = made.experiment.places(suite)
+        words = ["--model", model if pretrained is None else f"{model}:{pretrained}", "--suite", f"{name}={path}"]
+        words += [word for option, value in options.items() for word in ("--option", f"{option}={value}")]
+        return [sys.executable, "-m", "fastsds.cli", "eval", *words, "--output", str(folder)]
+
+    if asked.path is None:
+        return Job("", folder, lambda: None, here, list(needs), key, go_on=list)
+    return Job("", folder, command, read, list(needs), key, go_on=list)
 
 
 def pairs_seen(recipe: Recipe, run: Path) -> int:

@@ -250,9 +250,10 @@ class Findings:
         return difference([r.outcomes[of.outcome] for r in left], [r.outcomes[of.outcome] for r in right], of)
 
     def _change(self, cells: list[Cell], key: Key) -> Change:
-        left, right = self._arms(cells, [self.plan.starts[cell] for cell in cells], key[0])
-        a, b = ([result.values(key[1]) for result in arm] for arm in (left, right))
-        points, low, _ = two_level_bootstrap(a, b, level=1 - 2 * 0.05)
+        of, arms = self._any(key[0]).measures[key[1]], self._arms(cells, [self.plan.starts[cell] for cell in cells], key[0])
+        counted = of.groups >= 0
+        a, b = ([100 * np.asarray(result.outcomes[of.outcome], np.float64)[counted] for result in arm] for arm in arms)
+        points, low, _ = two_level_bootstrap(a, b, level=1 - 2 * 0.05, weights=of.weights()[counted])
         return Change(points, low, self.said.zero_shot_bound)
 
 
