@@ -83,7 +83,7 @@ def first_line(experiment: Experiment) -> str:
 
 def draw(path: Path, made: Plan) -> None:
     """The picture, from what the runs left: the first items of each kind, held out."""
-    arms = {made.experiment.label(arm): cell(arm) for arm in made.experiment.said.arms}
+    arms = {of.label: cell(arm) for arm, of in made.experiment.said.arms.items()}
     starts = {files.START: cell(files.START)}
     choices = {
         label: comparison.choices(made.evaluations[of, SUITE].folder, HELD_OUT) for label, of in (starts | arms).items()

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -58,11 +59,14 @@ class Job:
     results: dict | None = None
     reused: bool = False
     # while it runs
-    argv: list[str] | None = None
     place: int | None = None
     process: subprocess.Popen | None = None
     measuring: Future | None = None
     began: float = 0.0
+
+    @cached_property
+    def argv(self) -> list[str] | None:
+        return self.command()
 
     @property
     def log(self) -> Path:
@@ -74,7 +78,6 @@ class Job:
 
     def finished(self) -> bool:
         """Whether its results are there; then they are read. Raises: ConfigError if they are of another key."""
-        self.argv = self.command() if self.argv is None else self.argv
         path = self.folder / "done.json"
         if not path.is_file():
             return False
@@ -124,7 +127,6 @@ def run(jobs: list[Job], places: Sequence[dict[str, str]] = PLACES, fresh: bool 
                     waiting.remove(job)
                     line.note(f"{job.name}: finished before, taken from {job.folder}")
                     continue
-                job.argv = job.command() if job.argv is None else job.argv
                 if job.argv is None or free:
                     waiting.remove(job)
                     running.append(job)

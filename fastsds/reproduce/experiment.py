@@ -84,9 +84,6 @@ class Experiment:
     output: Path
     overrides: tuple[str, ...] = ()
 
-    def label(self, arm: str) -> str:
-        return self.said.arms[arm].label or arm
-
     def pretrain(self, backbone: str, arm: str | None = None) -> tuple[str, ...]:
         """The command that makes where an arm starts (None: most arms)."""
         own = None if arm is None else self.said.arms[arm].pretrain

@@ -15,8 +15,9 @@ import numpy as np
 from fastsds.evaluation.compare import Difference, difference, same_items
 from fastsds.evaluation.results import Result
 from fastsds.evaluation.statistics import holm, two_level_bootstrap
+from fastsds.evaluation.winoground import CHANCE
 from fastsds.report import SPLIT_NAMES, Key, Table, claims_table, intervals_table, means, scores_table
-from fastsds.reproduce.experiment import ALL, START
+from fastsds.reproduce.experiment import ALL, START, readings
 from fastsds.reproduce.runs import Cell, Plan
 
 
@@ -116,8 +117,11 @@ class Findings:
         return {(suite, name): value for suite, job in jobs.items() for name, value in job.results["metrics"].items()}
 
     def label(self, line: Line) -> str:
-        arm = self.said.arms.get(line.arm)
-        return line.arm.replace("_", " of ", 1) if arm is None else arm.label or line.arm
+        """What a table calls a line: an arm's label; of a start that one arm has to itself, whose it is."""
+        arm, of = self.said.arms.get(line.arm), line.arm.removeprefix(f"{START}_")
+        if arm is not None:
+            return arm.label or line.arm
+        return START if line.arm == START else f"{START} of {self.said.arms[of].label or of}"
 
     def whole(self, line: Line) -> str:
         return " ".join((*self._names(line), self.label(line)))
@@ -136,7 +140,12 @@ class Findings:
             )
             for line in self.lines
         ]
-        chance = {key: m[key[1]].chance for key in self.headline if key[1] in (m := self._any(key[0]).measures)}
+        chance = {}
+        for suite in self.said.evaluation:
+            measures = self._any(suite).measures
+            chance |= {(suite, name): of.chance for name, of in measures.items()}
+            chance |= {(suite, name): CHANCE["text"] for name in readings(measures)}
+        chance = {key: chance[key] for key in self.headline}
         found = [scores_table(scores, [*self.headline, *kept.values()], (*titles, "student"), chance)]
         matrix: dict[tuple, dict] = {}
         for one in self.compared:
@@ -236,7 +245,7 @@ class Findings:
         return (*[line.backbone] * (len(self.said.backbones) > 1), *[pairs] * (len(self.said.pairs) > 1))
 
     def _of(self, one: Compared) -> tuple[str, ...]:
-        return (*self._names(one.line), f"{self.label(one.line)} - {self.label(one.other)}")
+        return (*self._names(one.line), f"{self.label(one.line)} against {self.label(one.other)}")
 
     def _arms(self, a: list[Cell], b: list[Cell], suite: str) -> tuple[list[Result], list[Result]]:
         """Their results, a seed each, which are of the same items."""
