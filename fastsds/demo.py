@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)  # the arms have the cores
     try:
-        jobs.run(made.jobs, fresh=True)
+        with jobs.claim(experiment.output) as lock:
+            jobs.run(made.jobs, fresh=True, lock=lock)
     except jobs.Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if error.code == 2 else 1

@@ -5,6 +5,7 @@ unfinished one goes on if it says how, or starts anew. When Ctrl-C comes, or a j
 is stopped before anything else.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,8 +15,9 @@ import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,11 +104,31 @@ class Job:
         return f"{self.name}: step {row['step']}{of}, loss {row['loss']:.3f}" + "".join(f", left {clock(x)}" for x in left)
 
 
-def run(jobs: list[Job], places: Sequence[dict[str, str]] = PLACES, fresh: bool = False, keep_going: bool = False) -> None:
+@contextmanager
+def claim(folder: Path) -> Iterator[int]:
+    """Have a folder to oneself, and to what one starts: the lock is held until the last of them has ended, killed or not.
+
+    Returns: what `run` hands on. Raises: ConfigError if another has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is in use: another command works there, or what an earlier one started still runs; wait for it"
+            ) from None
+        yield lock.fileno()
+
+
+def run(
+    jobs: list[Job], places: Sequence[dict[str, str]] = PLACES, fresh: bool = False, keep_going: bool = False,
+    lock: int | None = None,
+) -> None:  # fmt: skip
     """Run all jobs, a command in each place at a time, in order as far as their needs allow.
 
     Args: places: what to add to the environment of the command that runs there. fresh: finished ones again. keep_going: a job
-        that fails ends only those that need it.
+        that fails ends only those that need it. lock: of `claim`.
     Raises: Failed with the tail of each failed job's log. KeyboardInterrupt once everything is stopped.
     """
     waiting, running, line = list(jobs), [], Line()
@@ -131,7 +153,7 @@ def run(jobs: list[Job], places: Sequence[dict[str, str]] = PLACES, fresh: bool 
                     waiting.remove(job)
                     running.append(job)
                     job.place = None if job.argv is None else free[0]
-                    _start(job, {} if job.place is None else places[job.place])
+                    _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,))
             for job in list(running):
                 try:
                     _advance(job)
@@ -214,7 +236,7 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def _start(job: Job, env: dict[str, str]) -> None:
+def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...]) -> None:
     words, about = [], {"name": job.name, "command": job.argv, "key": job.fingerprint()}
     kept = job.folder / "job.json"
     if job.folder.exists():
@@ -236,8 +258,9 @@ def _start(job: Job, env: dict[str, str]) -> None:
     env = {**alone, "MASTER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1", **env}
     with open(job.log, "ab") as log:
         job.process = subprocess.Popen(
-            [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
-        )
+            [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
+            pass_fds=kept_open,
+        )  # fmt: skip
 
 
 def _finish(job: Job) -> dict:

@@ -217,3 +217,35 @@ def test_each_place_has_its_own_environment_and_one_command_at_a_time(tmp_path):
     jobs.run([*made, free], [{"PLACE": name} for name in "abc"])
     assert sorted(job.log.read_text().strip() for job in made) == sorted("abcabc")
     assert free.results["busy"] == 3  # what has no command waits for no place
+
+
+KILLED = """
+import pathlib, sys
+from fastsds import jobs
+root = pathlib.Path(sys.argv[1])
+code = "import os, sys, time, pathlib; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+with jobs.claim(root) as lock:
+    jobs.run([jobs.Job("a", root / "a", lambda: [sys.executable, "-c", code, str(root / "pid")])], lock=lock)
+"""
+
+
+def test_a_folder_is_in_use_as_long_as_anything_runs_there(tmp_path):
+    """Also what a command left behind that was killed: its run still writes."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    left = int((tmp_path / "pid").read_text())
+    assert alive(left)
+    with pytest.raises(ConfigError, match="is in use"), jobs.claim(tmp_path):
+        pass
+    os.kill(left, signal.SIGKILL)
+    while alive(left):
+        time.sleep(0.05)
+    with jobs.claim(tmp_path):
+        with pytest.raises(ConfigError, match="is in use"), jobs.claim(tmp_path):
+            pass
+    with jobs.claim(tmp_path):
+        pass
