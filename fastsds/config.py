@@ -207,15 +207,17 @@ class Over(NamedTuple):
     folder: Path
 
 
-def load_recipe(path: str | Path | None = None, overrides: Sequence[str | Over] = (), checked: bool = True) -> Recipe:
-    """Read a recipe and apply `a.b=c` overrides in order; without a path, start from the embedded world's recipe.
+def load_recipe(
+    path: str | Path | Recipe | None = None, overrides: Sequence[str | Over] = (), checked: bool = True
+) -> Recipe:
+    """Read a recipe, or take one, and apply `a.b=c` overrides in order; without it, start from the embedded world's recipe.
 
     Args: overrides, each "key=value" with the full key and a YAML value: "loss.lambda=auto", "loss.t=[0.3, 1.0]"; or an `Over`.
         checked: False leaves ranges and what keys ask of each other to a later call.
     Raises: ConfigError for a missing file, an unknown or repeated key, a wrong type, a value out of range.
     """
-    recipe, origins = Recipe(), {}
-    if path is not None:
+    recipe, origins = path if isinstance(path, Recipe) else Recipe(), {}
+    if isinstance(path, (str, Path)):
         path = Path(path)
         recipe = merge(recipe, read_yaml(path, "recipe"), str(path), origins)
         recipe = _resolve(recipe, _ALWAYS_PATHS + _SOMETIMES_PATHS, path.resolve().parent)
@@ -228,7 +230,8 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str | Over] 
         recipe = _resolve(recipe, [k for k in _ALWAYS_PATHS + _SOMETIMES_PATHS if k in own], over.folder)
         origins |= own
     if checked:
-        _check_values(recipe, lambda key: origins.get(key, str(path or "default recipe")))
+        file = path if isinstance(path, (str, Path)) else "default recipe"
+        _check_values(recipe, lambda key: origins.get(key, str(file)))
     return recipe
 
 

@@ -83,6 +83,7 @@ class Experiment:
     said: Reproduction
     output: Path
     overrides: tuple[str, ...] = ()
+    _read: dict[str | None, Recipe] = field(default_factory=dict, repr=False, compare=False)
 
     def pretrain(self, backbone: str, arm: str | None = None) -> tuple[str, ...]:
         """The command that makes where an arm starts (None: most arms)."""
@@ -101,8 +102,7 @@ class Experiment:
             self._over("pairs", {} if pairs == ALL else {"data.samples": pairs}), *self.overrides,
             self._over("seeds", {"seed": seed}), self._over("pretrain", {"student.model": str(student)} if student else {}),
         ]  # fmt: skip
-        base = said.arms[arm].recipe or said.recipe
-        base = base and self._path(base)
+        base = self._base(said.arms[arm].recipe or said.recipe)
         made = load_recipe(base, layers, checked=False)
         if made.loss.gradient == "amortised" and made.bank.path is None:
             folder = self.output / "banks" / digest(bank_settings(made)) / "bank"
@@ -127,6 +127,11 @@ class Experiment:
         """Where a suite lies, and its options; what of them is there, relative to the file, is a path."""
         asked = self.said.evaluation[name]
         return asked.path and self._path(asked.path), {k: self._sometimes_path(v) for k, v in asked.options.items()}
+
+    def _base(self, recipe: str | None) -> Recipe:
+        if recipe not in self._read:
+            self._read[recipe] = load_recipe(recipe and self._path(recipe), checked=False)
+        return self._read[recipe]
 
     def _over(self, key: str, values: dict) -> Over:
         return Over(f"{self.file}: {key}", values, self.file.parent)
