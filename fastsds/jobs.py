@@ -16,12 +16,11 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from threading import Lock, Thread
 
 from fastsds.config import ConfigError
 from fastsds.progress import Line, clock
@@ -30,7 +29,6 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PLACES = (ONE_THREAD, ONE_THREAD)  # what the environment of each command that runs at a time adds
 GRACE = 20.0  # seconds a child has to stop by itself
 TAIL = 30  # lines of a failed child's log
-MEASURING = Lock()  # one at a time
 
 
 class Failed(Exception):
@@ -131,7 +129,7 @@ def run(
         that fails ends only those that need it. lock: of `claim`.
     Raises: Failed with the tail of each failed job's log. KeyboardInterrupt once everything is stopped.
     """
-    waiting, running, line = list(jobs), [], Line()
+    waiting, running, line, worker = list(jobs), [], Line(), ThreadPoolExecutor(1)
     began, failed = time.monotonic(), {}
     before = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -156,7 +154,7 @@ def run(
                     _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,))
             for job in list(running):
                 try:
-                    _advance(job)
+                    _advance(job, worker)
                 except Failed as error:
                     if not keep_going:
                         raise
@@ -170,20 +168,21 @@ def run(
     finally:
         line.end()
         stop([job for job in running if job.process is not None])
+        worker.shutdown(wait=True, cancel_futures=True)
         for number, handler in before.items():
             signal.signal(number, handler)
     if errors := [error for error in failed.values() if error is not None]:
         raise Failed("\n\n".join(map(str, errors)), max(error.code for error in errors))
 
 
-def _advance(job: Job) -> None:
+def _advance(job: Job, worker: ThreadPoolExecutor) -> None:
     """Take a running job as far as it is. Raises: Failed."""
     if job.process is not None and job.process.poll() is not None:
         code, job.process, job.place = job.process.returncode, None, None
         if code:
             raise Failed(f"{job.name} ended with exit code {code}. The end of {job.log}:\n{tail(job.log, TAIL)}", code)
     if job.process is None and job.measuring is None:
-        job.measuring = _in_background(job.measure)
+        job.measuring = worker.submit(job.measure)
     if job.measuring is not None and job.measuring.done():
         try:
             job.results = _finish(job)
@@ -194,21 +193,6 @@ def _advance(job: Job) -> None:
                 traceback.print_exception(error, file=log)
             said = f"{job.name}: {type(error).__name__}: {error}. The end of {job.log}:"
             raise Failed(f"{said}\n{tail(job.log, TAIL)}", 1) from error
-
-
-def _in_background(measure: Callable[[], dict]) -> Future:
-    """Measure in a thread that an interrupt does not wait for."""
-    future = Future()
-
-    def work():
-        try:
-            with MEASURING:
-                future.set_result(measure())
-        except BaseException as error:  # the main thread's to judge
-            future.set_exception(error)
-
-    Thread(target=work, daemon=True).start()
-    return future
 
 
 def stop(jobs: list[Job]) -> None:
