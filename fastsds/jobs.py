@@ -43,9 +43,9 @@ class Failed(Exception):
 class Job:
     """command() -> argv, asked once all of `needs` are done (None: nothing to run); then measure() -> results.
 
-    key: what the results depend on besides the command and the needs; done.json of another key is never used. files: name ->
-    text, written before the command starts. go_on() -> what to add to the command of one that was cut off and left its folder
-    (None: it starts anew, in an empty one).
+    key: what the results depend on besides the command and the needs; done.json of another key is never used. files() -> name
+    and text of what is written before the command starts. go_on() -> what to add to the command of one that was cut off (None:
+    it starts anew, in an empty folder).
     """
 
     name: str
@@ -54,7 +54,7 @@ class Job:
     measure: Callable[[], dict] = dict
     needs: list["Job"] = field(default_factory=list)
     key: dict = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    files: Callable[[], dict[str, str]] = dict
     go_on: Callable[[], list[str] | None] = lambda: None
     results: dict | None = None
     reused: bool = False
@@ -233,7 +233,7 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...]) -> None:
             words = more
     job.folder.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    for name, text in job.files.items():
+    for name, text in job.files().items():
         (job.folder / name).write_text(text, encoding="utf-8")
     job.began = time.monotonic()
     if job.argv is None:

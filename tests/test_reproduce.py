@@ -180,7 +180,7 @@ def test_what_is_shared_and_what_waits_for_what(file, tmp_path):
         recipe = load_recipe(None, [])
         assert made.evaluations[cell, "world_test"].needs == [job]
         assert made.starts[cell] == Cell("world", "all", "pretrained", 0)
-        text = job.files["recipe.yaml"]
+        text = job.files()["recipe.yaml"]
         (job.folder.parent / job.folder.name).mkdir(parents=True)
         (job.folder / "recipe.yaml").write_text(text)
         recipe = load_recipe(job.folder / "recipe.yaml")

@@ -135,7 +135,7 @@ def banking(folder: Path, recipe: Recipe) -> Job:
     argv = [sys.executable, "-m", "fastsds.cli", "bank", "build", "--recipe", str(folder / RECIPE)]
     key = {"bank": bank_settings(recipe), "weights": comparison.weights()}
     said = f"bank of {recipe.bank.draws} target(s) for {recipe.data.samples or 'all'} samples"
-    return Job(said, folder, lambda: argv, key=key, files={RECIPE: dump_recipe(recipe)}, go_on=list)
+    return Job(said, folder, lambda: argv, key=key, files=_recipe(recipe), go_on=list)
 
 
 def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ...] = ()) -> Job:
@@ -159,7 +159,7 @@ def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ..
         return ["--resume", "latest"] if checkpoint.steps(run) else None
 
     key = {"recipe": as_dict(recipe), "weights": comparison.weights()}
-    return Job("", folder, command, measure, list(needs), key, {RECIPE: dump_recipe(recipe)}, go_on)
+    return Job("", folder, command, measure, list(needs), key, _recipe(recipe), go_on)
 
 
 def evaluation(
@@ -191,6 +191,10 @@ def evaluation(
     if asked.path is None:
         return Job("", folder, lambda: None, here, list(needs), key, go_on=list)
     return Job("", folder, command, read, list(needs), key, go_on=list)
+
+
+def _recipe(recipe: Recipe):
+    return lambda: {RECIPE: dump_recipe(recipe)}
 
 
 def pairs_seen(recipe: Recipe, run: Path) -> int:
