@@ -1,4 +1,4 @@
-"""evaluate(): every kind of scorer and suite, stopped and gone on with, on two ranks as on one (in training: test_deepspeed)."""
+"""evaluate(): all kinds of scorers and suites, stopped and gone on with, on two ranks as on one (in training: test_deepspeed)."""
 
 import json
 import shutil
