@@ -1,4 +1,4 @@
-"""evaluate(): all kinds of scorers and suites, stopped and gone on with, on two ranks as on one (in training: test_deepspeed)."""
+"""evaluate(): scorers and suites of all kinds, stopped and gone on with, on two ranks as on one (training: test_deepspeed)."""
 
 import json
 import shutil
