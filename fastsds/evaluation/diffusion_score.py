@@ -59,7 +59,10 @@ class _Question:
         self.race.x[first : first + len(terms)] = x[:, :-1] - x[:, -1:] if self.corrected else x
 
     def scores(self) -> np.ndarray:
-        return self.race.scores()[np.ix_(self.c, self.i)]
+        return self.race.scores()[self.c][:, self.i]
+
+    def terms(self) -> np.ndarray:
+        return self.race.x[:, self.c][:, :, self.i]
 
 
 class DiffusionScorer:
@@ -117,16 +120,23 @@ class DiffusionScorer:
         """
         width = GROUP * self.batch
         parts = [captions[k : k + width] for k in range(0, len(captions), width)]
-        found = self._scores((_Question(self, 0, part, [ref]) for ref in images for part in parts), self._encoded)
-        return np.concatenate(list(found)).reshape(len(images), len(captions)).T
+        asked = (_Question(self, 0, part, [ref]) for ref in images for part in parts)
+        found = [q.scores() for q in self._answered(asked, self._encoded)]
+        return np.concatenate(found).reshape(len(images), len(captions)).T
 
     def score_items(self, items: Sequence[Item]) -> list[np.ndarray]:
         """Score the pairs of each item, with draws that come from its id. Shapes: -> float64 [captions, images] each.
 
         `item.chosen` says which choices have to come out right if `stop` drops candidates; what those score: `Race.scores`.
         """
-        asked = (_Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen) for item in items)
-        return list(self._scores(asked, self._encoded))
+        return [q.scores() for q in self._answered(self._questions(items), self._encoded)]
+
+    def terms(self, items: Sequence[Item]) -> list[np.ndarray]:
+        """The terms of `score_items`' means, in the order in which the draws are made: NaN after a pair's last one.
+
+        Shapes: -> float64 [steps, captions, images] each.
+        """
+        return [q.terms() for q in self._answered(self._questions(items), self._encoded)]
 
     def score_latents(self, latents: torch.Tensor, captions: Sequence[Sequence[str]], ids: torch.Tensor) -> np.ndarray:
         """Score latents in place of images, by all draws: what a student's h_w(f(x)) says to the teacher.
@@ -139,7 +149,8 @@ class DiffusionScorer:
             raise ValueError(f"latents: shape {(n, 'I', *shape)} expected for {len(ids)} ids, got {tuple(latents.shape)}")
         flat = latents.flatten(0, 1)
         asked = (_Question(self, i, captions[k], range(k * count, (k + 1) * count)) for k, i in enumerate(ids.tolist()))
-        return np.stack(list(self._scores(asked, lambda rows: flat[rows].to(self.teacher.device, torch.float32))))
+        answered = self._answered(asked, lambda rows: flat[rows].to(self.teacher.device, torch.float32))
+        return np.stack([q.scores() for q in answered])
 
     def forecast(self, suite: Suite) -> str:
         """How many passes of the UNet a suite takes, and about how long, from two timed calls."""
@@ -162,10 +173,11 @@ class DiffusionScorer:
         about = clock(passes / self.batch * took)
         return f"{suite.name}: {least}{passes:,} passes of the UNet, about {least}{about} on {self.teacher.device}"
 
-    def _scores(
-        self, asked: Iterable[_Question], latents: Callable[[list], torch.Tensor]
-    ) -> Iterator[np.ndarray]:
-        """The scores of each question. latents: names -> [n, C, h, w]."""
+    def _questions(self, items: Sequence[Item]) -> Iterator[_Question]:
+        return (_Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen) for item in items)
+
+    def _answered(self, asked: Iterable[_Question], latents: Callable[[list], torch.Tensor]) -> Iterator[_Question]:
+        """The questions, their races run. latents: names -> [n, C, h, w]."""
         for group in self._groups(asked):
             texts = _numbered(c for q in group for c in q.said)
             images = _numbered(i for q in group for i in q.images)
@@ -173,7 +185,7 @@ class DiffusionScorer:
             for q in group:
                 q.begin(texts, images)
             run([q.race for q in group], lambda first, last: self._fill(group, z, text, first, last))  # noqa: B023
-            yield from (q.scores() for q in group)
+            yield from group
 
     def _fill(self, group: list[_Question], z: torch.Tensor, text: torch.Tensor, first: int, last: int) -> None:
         """Ask the draws first, ... last - 1 of all pairs that need them."""
