@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fastsds.evaluation.choice import choose, stacked
 from fastsds.evaluation.measures import Metric, by_value, over_groups, over_items
 from fastsds.evaluation.prompts import pool_features, pool_scores
 from fastsds.evaluation.retrieval import places
-from fastsds.evaluation.suite import clip_benchmark, load_suite, pixels, suite_names
+from fastsds.evaluation.suite import Composed, clip_benchmark, load_suite, pixels, suite_names
 from fastsds.evaluation.suites import aro, mmvp, order
 from fastsds.evaluation.winoground import tied
 
@@ -147,60 +148,81 @@ def suites(tmp_path_factory):
     return {name: load_suite(name, *released.write(name, tmp_path_factory.mktemp(name))) for name in suite_names()}
 
 
-def shape(suite, n=None):
+def shape(suite):
     """The shape of a suite's scores."""
     if suite.gallery:
         return len(suite.texts), len(suite.items)
     return len(suite.items), len(suite.items[0].captions), len(suite.items[0].images)
 
 
+def asked(suite):
+    """The suites that are asked under one name."""
+    return suite.parts if isinstance(suite, Composed) else [suite]
+
+
+def drawn(suite, draw):
+    """Scores for a suite. draw: a shape -> scores."""
+    found = [draw(shape(part)) / 3 for part in asked(suite)]  # whole numbers: not exact in binary, and with ties
+    return found if isinstance(suite, Composed) else found[0]
+
+
 def test_there_is_a_released_format_for_every_suite(suites):
     known = "winoground vg_relation vg_attribution coco_order flickr30k_order sugarcrepe mmvp zeroshot cifar10 cifar100"
-    assert set(suites) == set(suite_names()) == {*known.split(), "coco_retrieval", "flickr30k_retrieval"}
+    more = {"coco_retrieval", "flickr30k_retrieval", "world_dev", "world_test"}
+    assert set(suites) == set(suite_names()) == {*known.split(), *more}
 
 
 def test_every_suite_has_one_surface(suites):
     for name, suite in suites.items():
-        assert suite.name == name and len({item.id for item in suite.items}) == len(suite.items)
-        outcomes = suite.outcomes(np.random.default_rng(4).integers(0, 3, shape(suite)).astype(float))
+        items = [item for part in asked(suite) for item in part.items]
+        assert suite.name == name and len({item.id for item in items}) == len(items)
+        scores = drawn(suite, partial(np.random.default_rng(4).integers, 0, 3))
+        outcomes = suite.outcomes(scores)
+        assert suite.size == len(suite.rows(scores))
         metrics = suite.metrics(outcomes)
         assert set(metrics) == set(suite.chance) == set(suite.summary) >= set(suite.headline) != set()
         assert all(0 <= value <= 100 for value in metrics.values()) and all(suite.summary.values())
         assert suite.ties(outcomes) == sum(int(v.sum()) for k, v in outcomes.items() if "tied" in k) > 0
-        assert all(values.dtype == bool for values in outcomes.values())
-        assert pixels(suite.items[-1].images[-1], 4).shape == (3, 4, 4)
-        assert suite.gallery or len({(len(i.captions), len(i.images)) for i in suite.items}) == 1
+        assert all(values.dtype == bool or set(values) <= {0, 0.5, 1} for values in outcomes.values())
+        assert pixels(items[-1].images[-1], 4).shape == (3, 4, 4)
+        for part in asked(suite):
+            assert part.gallery or len({(len(i.captions), len(i.images)) for i in part.items}) == 1
 
 
 def test_one_driver_serves_all(suites):
     """A scorer that is told the answer is right everywhere; one that is told the opposite, nowhere."""
+
+    def answer(part, sign):
+        if part.gallery:
+            (query,) = (q for q in part.queries if q.asks in ("image", "pair"))
+            return sign * (query.labels[:, None] == query.own).astype(float)  # [texts, images]
+        scores = np.zeros(shape(part))
+        scores[:, 0, 0] = sign
+        if len(part.items[0].images) == 2:
+            scores[:, 1, 1] = sign
+        return scores
+
     for suite in suites.values():
-        if suite.gallery:
-            (query,) = (q for q in suite.queries if q.asks == "image")
-            answer = (query.labels[:, None] == query.own).astype(float)  # [texts, images]
-        else:
-            answer = np.zeros(shape(suite))
-            answer[:, 0, 0] = 1
-            if len(suite.items[0].images) == 2:
-                answer[:, 1, 1] = 1
-        right, wrong = (suite.metrics(suite.outcomes(sign * answer)) for sign in (1, -1))
+        answers = [[answer(part, sign) for part in asked(suite)] for sign in (1, -1)]
+        right, wrong = (suite.metrics(suite.outcomes(a if isinstance(suite, Composed) else a[0])) for a in answers)
         assert set(right.values()) == {100.0}
         assert {name: v for name, v in wrong.items() if v and not name.endswith(("@5", "@10")) and "top5" not in name} == {}
 
 
 def test_kept_rows_give_the_metrics_back(suites):
     for suite in suites.values():
-        scores = np.random.default_rng(5).integers(0, 4, shape(suite)) / 3  # not exact in binary, and with ties
+        scores = drawn(suite, partial(np.random.default_rng(5).integers, 0, 4))
         outcomes = suite.outcomes(scores)
         rows = [json.loads(json.dumps(row)) for row in suite.rows(scores)]
         again = suite.outcomes_of(rows)
         assert suite.metrics(again) == suite.metrics(outcomes) and suite.ties(again) == suite.ties(outcomes)
-        if not suite.gallery:
+        if not suite.gallery and not isinstance(suite, Composed):
             assert [row["id"] for row in rows] == [item.id for item in suite.items]
             assert [row["about"] for row in rows] == [item.about for item in suite.items]
             assert all([row["outcomes"][k] for row in rows] == v.tolist() for k, v in outcomes.items())
             assert np.array_equal([row["scores"] for row in rows], scores)
-        with pytest.raises(ValueError, match=f"of {suite.name} expected"):
+        last = asked(suite)[-1].name
+        with pytest.raises(ValueError, match=f"of {last} expected"):
             suite.outcomes_of(rows[:-1])
         with pytest.raises(ValueError, match="number 0"):
             suite.outcomes_of([{**rows[0], "id": "else"}, *rows[1:]])
@@ -220,7 +242,7 @@ def test_chance(name, tmp_path):
     """Random scores without ties reach what `chance` says, within three standard errors, at every metric."""
     suite = load_suite(name, *released.write(name, tmp_path, 150))
     generator = np.random.default_rng(6)
-    draws = [suite.metrics(suite.outcomes(generator.random(shape(suite)))) for _ in range(40)]
+    draws = [suite.metrics(suite.outcomes(drawn(suite, generator.random))) for _ in range(40)]
     for metric, chance in suite.chance.items():
         weights, p = suite.measures[metric].weights(), chance / 100
         error = 100 * math.sqrt((weights**2).sum() * p * (1 - p) / len(draws))
@@ -259,7 +281,7 @@ def test_classes_are_averaged_over_images_and_over_classes(tmp_path):
 def test_results_in_clip_benchmarks_shape(suites):
     emitted = {}
     for name, suite in suites.items():
-        metrics = suite.metrics(suite.outcomes(np.random.default_rng(9).random(shape(suite))))
+        metrics = suite.metrics(suite.outcomes(drawn(suite, np.random.default_rng(9).random)))
         emitted[name] = clip_benchmark(suite, metrics, "ViT-B-32", "openai")
         for one in emitted[name]:
             assert list(one) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
@@ -285,3 +307,7 @@ def test_unknown_names_and_options(tmp_path):
         load_suite("mmvp", tmp_path, split="test")
     with pytest.raises(ConfigError, match="nowhere does not exist"):
         load_suite("winoground", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="suite winoground: expected the path of its data"):
+        load_suite("winoground")
+    with pytest.raises(ConfigError, match="suite world_dev: made here, of no data"):
+        load_suite("world_dev", tmp_path)

@@ -33,6 +33,28 @@ class Metric:
         sizes = np.bincount(self.groups[self.groups >= 0])
         return np.where(self.groups >= 0, 1 / (len(sizes) * sizes[self.groups]), 0.0)
 
+    def values(self, outcome) -> np.ndarray:
+        """One number a counted item whose plain mean is the metric, in percent, whatever the items' weights.
+
+        v_j = m + 100 n w_j (x_j - m / 100), m the metric: 100 x_j where all weigh the same. So an interval of a mean, or a
+        paired difference of means, is one of the metric. Shapes: [N] -> float64 [n].
+        """
+        counted, mean = self.groups >= 0, self.value(outcome)
+        x = 100 * np.asarray(outcome, np.float64)[counted]
+        if (self.groups[counted] == self.groups[counted][0]).all():
+            return x
+        return mean + self.n * self.weights()[counted] * (x - mean)
+
+    def error(self, outcome) -> float | None:
+        """The metric's standard error over items, in points: of `values`, 1 / (n - 1); None for one item."""
+        return None if self.n < 2 else float(self.values(outcome).std(ddof=1)) / self.n**0.5
+
+    def part(self, places: Sequence[int]) -> "Metric":
+        """The same metric of some of the items. Chance is as it was."""
+        groups = self.groups[places]
+        groups[groups >= 0] = np.unique(groups[groups >= 0], return_inverse=True)[1]
+        return Metric(self.outcome, groups, self.chance)
+
 
 def over_items(outcome: str, counted: Sequence[bool], chance: float) -> dict[str, Metric]:
     """The mean over the items that count: {OUTCOME: Metric}."""

@@ -9,10 +9,6 @@ A query finds at k if fewer than k candidates come before the best of its own. O
 from typing import NamedTuple
 
 import numpy as np
-import torch
-
-from fastsds.data import Samples
-from fastsds.evaluation.winoground import Encode
 
 CHUNK = 256
 
@@ -59,26 +55,3 @@ def places(scores, own, labels, chunk: int = CHUNK) -> Places:
         parts.append([((s > best) & ~mine).sum(axis=1), level.sum(axis=1), (level & (order < earliest)).sum(axis=1)])
     return Places(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-
-def recall_at_1(similarity) -> tuple[np.ndarray, np.ndarray]:
-    """Return (image found by each caption, caption found by each image). A tie for the first place is wrong.
-
-    Shapes: similarity [n captions, n images], pair k on the diagonal -> bool [n], bool [n].
-    """
-    s = np.asarray(similarity, np.float64)
-    if s.ndim != 2 or s.shape[0] != s.shape[1] or len(s) < 2:
-        raise ValueError(f"similarity: shape [n, n] with n >= 2 expected, got {s.shape}")
-    pairs = np.arange(len(s))
-    return places(s, pairs, pairs).found_strictly(1), places(s.T, pairs, pairs).found_strictly(1)
-
-
-@torch.no_grad()
-def evaluate_retrieval(encode: Encode, samples: Samples, chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray]:
-    """Return `recall_at_1` of a gallery of captioned images with distinct captions."""
-    images, texts = [], []
-    for first in range(0, len(samples), chunk):
-        rows = slice(first, first + chunk)
-        image, text = encode(samples.pixels[rows], samples.captions[rows])
-        images.append(image.double())
-        texts.append(text.double())
-    return recall_at_1((torch.cat(texts) @ torch.cat(images).T).cpu().numpy())

@@ -14,11 +14,13 @@ A suite is one file in `suites/`: it reads what was released, and registers its 
 """
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import pkgutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,12 +28,13 @@ import numpy as np
 import torch
 
 from fastsds.config import ConfigError
-from fastsds.data.images import decode_image
+from fastsds.data.images import opened, squares
 from fastsds.evaluation.choice import stacked
 from fastsds.evaluation.measures import Metric
 from fastsds.evaluation.retrieval import Places, places
 
 LOADERS: dict[str, Callable[..., "Suite"]] = {}
+MADE: set[str] = set()  # suites that are made here, of no data
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,28 @@ class ImageRef:
     where: str = field(compare=False)
     read: Callable[[], bytes] = field(compare=False, repr=False)
     box: tuple[float, float, float, float] | None = None
+
+    def open(self):
+        """Decode it. Returns: a PIL image, RGB, the box cut out. Raises: ConfigError that names file, row and image."""
+        return self.used(lambda image: image)
+
+    def used(self, use: Callable):
+        """What `use` makes of the opened image. Raises: ConfigError that names file, row and image."""
+        try:
+            return opened(self.read(), lambda image: use(self._cut(image.convert("RGB"))))  # RGB first, as every suite's code
+        except OSError as error:
+            raise ConfigError(f"{self.where}: {self.name}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{self.where}: {self.name}: {error}") from error
+
+    def _cut(self, image):
+        if self.box is None:
+            return image
+        left, top, right, bottom = (round(edge) for edge in self.box)
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+        if left >= right or top >= bottom:
+            raise ValueError(f"box {self.box} holds nothing of an image of {image.width}x{image.height}")
+        return image.crop((left, top, right, bottom))
 
 
 @dataclass(frozen=True)
@@ -69,23 +94,7 @@ def pixels(ref: ImageRef, size: int) -> torch.Tensor:
 
     Returns: uint8 [3, size, size]. Raises: ConfigError that names file, row and image.
     """
-
-    def cut(image):
-        image = image.convert("RGB")  # first, as every suite's own code does
-        if ref.box is None:
-            return image
-        left, top, right, bottom = (round(edge) for edge in ref.box)
-        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-        if left >= right or top >= bottom:
-            raise ValueError(f"box {ref.box} holds nothing of an image of {image.width}x{image.height}")
-        return image.crop((left, top, right, bottom))
-
-    try:
-        return decode_image(ref.read(), [size], cut)[0]
-    except OSError as error:
-        raise ConfigError(f"{ref.where}: {ref.name}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{ref.where}: {ref.name}: {error}") from error
+    return ref.used(lambda image: squares(image, [size]))[0]
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class Suite:
 
     judge: scores [N, captions, images] -> outcomes, arrays [N]; one that begins with `tied` says where a tie was met.
     headline: the metrics of a short table. notes: what a reader of the results must know. exports: CLIP_benchmark's files.
+    kind: what of an item's `about` says its kind, where a part of the suite is to have some of each.
     """
 
     gallery: ClassVar[bool] = False
@@ -111,6 +121,7 @@ class Suite:
     judge: Callable[[Any], dict[str, np.ndarray]]
     measures: dict[str, Metric]
     headline: tuple[str, ...]
+    kind: str | None = None
     exports: list[Export] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -120,14 +131,29 @@ class Suite:
         return {name: metric.chance for name, metric in self.measures.items()}
 
     @property
+    def size(self) -> int:
+        """How many rows its results have."""
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """A digest of what is asked, equal wherever the images lie: names of files without folders, boxes, texts, metrics."""
+        found = hashlib.blake2b(digest_size=16)
+        for row in (self.name, list(self.measures), *self._asked()):
+            found.update(repr(row).encode())
+        return found.hexdigest()
+
+    def _asked(self) -> list:
+        refs = [[(Path(ref.name).name, ref.box) for ref in item.images] for item in self.items]
+        return [(item.id, of, item.captions, item.about) for item, of in zip(self.items, refs, strict=True)]
+
+    @property
     def summary(self) -> dict[str, int]:
         """How many items each metric counts."""
         return {name: metric.n for name, metric in self.measures.items()}
 
     def outcomes(self, scores) -> dict[str, np.ndarray]:
         """Judge every item. Shapes: scores, N of [captions, images] -> each outcome [N]. Raises: ValueError."""
-        first = self.items[0]
-        s = stacked(scores, len(first.captions), len(first.images))
+        s = self._stacked(scores)
         if len(s) != len(self.items):
             raise ValueError(f"scores: {len(self.items)} items in {self.name}, got {len(s)}")
         return self.judge(s)
@@ -140,13 +166,13 @@ class Suite:
         """How often a comparison that decides an outcome was of equal scores."""
         return sum(int(values.sum()) for name, values in outcomes.items() if name.startswith("tied"))
 
-    def rows(self, scores) -> list[dict]:
-        """One JSON object an item: id, about, scores and outcomes."""
-        kept = [np.asarray(s, np.float64).tolist() for s in stacked(scores, None, None)]
-        outcomes = self.outcomes(scores)
+    def rows(self, scores, first: int = 0) -> list[dict]:
+        """One JSON object an item: id, about, scores and outcomes. first: the number of the item that scores begin with."""
+        s = self._stacked(scores)
+        kept, outcomes = s.tolist(), self.judge(s)
         return [
             {"id": item.id, "about": item.about, "scores": kept[k], "outcomes": _row(outcomes, k)}
-            for k, item in enumerate(self.items)
+            for k, item in enumerate(self.items[first : first + len(kept)])
         ]
 
     def outcomes_of(self, rows: list[dict]) -> dict[str, np.ndarray]:
@@ -154,16 +180,19 @@ class Suite:
         _same([item.id for item in self.items], rows, self.name)
         return self.outcomes([row["scores"] for row in rows])
 
+    def _stacked(self, scores) -> np.ndarray:
+        return stacked(scores, len(self.items[0].captions), len(self.items[0].images))
+
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One direction of a gallery: images ask for texts, or texts for images.
+    """One direction of a gallery: images ask for texts, or texts for images; or both, where text k belongs to image k.
 
     Shapes: own [queries], labels [candidates]: a query's own candidates are those with its label. ids: the queries'.
-    judge: where they stand -> outcomes [queries].
+    judge: where they stand -> outcomes [queries]. Of "pair" they stand [queries, 2]: the text's image, the image's text.
     """
 
-    asks: str  # "image" or "text"
+    asks: str  # "image", "text" or "pair"
     own: np.ndarray
     labels: np.ndarray
     ids: list[str]
@@ -183,8 +212,18 @@ class Gallery(Suite):
     texts: list[tuple[str, ...]]
     queries: list[Query]
 
+    @property
+    def size(self) -> int:
+        return sum(len(query.ids) for query in self.queries)
+
+    def _asked(self) -> list:
+        return [*super()._asked(), *self.texts, *((query.asks, query.own.tolist()) for query in self.queries)]
+
     def outcomes(self, scores) -> dict[str, np.ndarray]:
-        """Judge every query. Shapes: scores [texts, images] -> each outcome [its query's]. Raises: ValueError."""
+        """Judge every query. Shapes: scores [texts, images] -> each outcome [its query's]. Raises: ValueError.
+
+        scores: an array, a tensor, or what has `shape`, `T` and slices of rows (`run.Similarity`, which is never whole).
+        """
         return self._judge(self._places(scores))
 
     def rows(self, scores) -> list[dict]:
@@ -205,14 +244,19 @@ class Gallery(Suite):
         for query in self.queries:
             of = [row for row in rows if row["asks"] == query.asks]
             _same(query.ids, of, self.name)
-            found.append(Places(*np.array([row["places"] for row in of], np.int64).T))
+            found.append(Places(*np.moveaxis(np.array([row["places"] for row in of], np.int64), 1, 0)))
         return self._judge(found)
 
     def _places(self, scores) -> list[Places]:
-        s = scores.detach().float().cpu().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
+        s = scores.detach().float().cpu().numpy() if isinstance(scores, torch.Tensor) else scores
         if s.shape != (len(self.texts), len(self.items)):
             raise ValueError(f"scores: shape {(len(self.texts), len(self.items))} [texts, images] expected, got {s.shape}")
-        return [places(s.T if query.asks == "image" else s, query.own, query.labels) for query in self.queries]
+        found = []
+        for query in self.queries:
+            ways = {"text": [s], "image": [s.T], "pair": [s, s.T]}[query.asks]
+            stand = [places(way, query.own, query.labels) for way in ways]
+            found.append(stand[0] if len(stand) == 1 else Places(*(np.stack(x, axis=1) for x in zip(*stand, strict=True))))
+        return found
 
     def _judge(self, found: list[Places]) -> dict[str, np.ndarray]:
         outcomes = {}
@@ -221,11 +265,50 @@ class Gallery(Suite):
         return outcomes
 
 
-def register(name: str) -> Callable:
-    """Make a loader, (path, **options) -> Suite, known under a name."""
+@dataclass(kw_only=True)
+class Composed(Suite):
+    """Suites that are asked one after the other under one name. Scores, rows and outcomes are those of `parts`, in order.
+
+    Outcomes of one name in several parts are one outcome. Ids differ between parts.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    judge: None = None
+    parts: list[Suite]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def _asked(self) -> list:
+        return [row for part in self.parts for row in part._asked()]
+
+    def outcomes(self, scores) -> dict[str, np.ndarray]:
+        """Judge every part. Shapes: scores, one a part."""
+        return _joined([part.outcomes(s) for part, s in zip(self.parts, scores, strict=True)])
+
+    def rows(self, scores) -> list[dict]:
+        """The rows of all parts."""
+        return [row for part, s in zip(self.parts, scores, strict=True) for row in part.rows(s)]
+
+    def outcomes_of(self, rows: list[dict]) -> dict[str, np.ndarray]:
+        """Judge kept rows again. Raises: ValueError if they are of other items."""
+        ends = np.cumsum([part.size for part in self.parts]).tolist()
+        found = [part.outcomes_of(rows[end - part.size : end]) for part, end in zip(self.parts, ends, strict=True)]
+        _same([row["id"] for row in rows[: self.size]], rows, self.name)
+        return _joined(found)
+
+
+def register(name: str, data: bool = True) -> Callable:
+    """Make a loader, (path, **options) -> Suite, known under a name. data: False for (**options) -> Suite.
+
+    An option `items` is for the loader to make a part of the suite; `load_suite` makes it where a loader has none.
+    """
 
     def known(loader):
         LOADERS[name] = loader
+        if not data:
+            MADE.add(name)
         return loader
 
     return known
@@ -240,20 +323,48 @@ def suite_names() -> list[str]:
     return sorted(LOADERS)
 
 
-def load_suite(name: str, path, **options) -> Suite:
+def load_suite(name: str, path=None, items: int | None = None, **options) -> Suite:
     """Read a suite from where it lies. Nothing is downloaded, and no image is decoded.
 
+    Args: path: None for a suite of no data (world_dev, world_test). items: the first ones alone: so many of each kind
+        (`Suite.kind`; the world's swaps, classes) where there are kinds, else of the suite; of a retrieval suite, images.
     Raises: ConfigError that names the suite, or option, or the file and row, and what was expected.
     """
     if name not in (names := suite_names()):
         near = difflib.get_close_matches(name, names, 1)
         raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}" + f"; nearest: {near[0]}" * bool(near))
-    known = list(inspect.signature(LOADERS[name]).parameters)[1:]
+    known = list(inspect.signature(LOADERS[name]).parameters)[name not in MADE :]
     if unknown := [option for option in options if option not in known]:
-        raise ConfigError(f"suite {name}: unknown option {unknown[0]!r}, expected one of {', '.join(known) or 'none'}")
-    if not Path(path).exists():
+        others = ", ".join(option for option in known if option != "items") or "none"
+        raise ConfigError(f"suite {name}: unknown option {unknown[0]!r}, expected one of {others}")
+    if name in MADE and path is not None:
+        raise ConfigError(f"suite {name}: made here, of no data: expected no path, found {path}")
+    if name not in MADE and path is None:
+        raise ConfigError(f"suite {name}: expected the path of its data (docs/evaluation.md)")
+    if path is not None and not Path(path).exists():
         raise ConfigError(f"suite {name}: {path} does not exist")
-    return LOADERS[name](Path(path), **options)
+    own = items is not None and "items" in known
+    suite = LOADERS[name](*([] if path is None else [Path(path)]), **options, **({"items": items} if own else {}))
+    return suite if items is None or own else first_items(suite, items)
+
+
+def first_items(suite: Suite, n: int) -> Suite:
+    """The first n items of each kind, and the metrics that count any of them."""
+    seen, places = Counter(), []
+    for k, item in enumerate(suite.items):
+        kind = item.about.get(suite.kind)
+        seen[kind] += 1
+        if seen[kind] <= n:
+            places.append(k)
+    if len(places) == len(suite.items):
+        return suite
+    measures = {name: part for name, metric in suite.measures.items() if (part := metric.part(places)).n}
+    each = "" if suite.kind is None else f" of each {suite.kind}"
+    note = f"the first {n} items{each} alone: {len(places)} of {len(suite.items)}"
+    return replace(
+        suite, items=[suite.items[k] for k in places], measures=measures, notes=[*suite.notes, note], exports=[],
+        headline=tuple(name for name in suite.headline if name in measures),
+    )  # fmt: skip
 
 
 def clip_benchmark(suite: Suite, metrics: dict[str, float], model: str, pretrained: str, language: str = "en") -> list[dict]:
@@ -266,6 +377,11 @@ def clip_benchmark(suite: Suite, metrics: dict[str, float], model: str, pretrain
         }
         for export in exports
     ]  # fmt: skip
+
+
+def _joined(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for outcomes in found for name in outcomes)
+    return {name: np.concatenate([of[name] for of in found if name in of]) for name in names}
 
 
 def _row(outcomes: dict[str, np.ndarray], k: int) -> dict:

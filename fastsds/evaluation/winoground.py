@@ -11,19 +11,13 @@ All inequalities are strict, so a tie is wrong. Chance is a model whose four sco
 is 1/6 and not 1/16 because it asks that the two right scores be the two largest of four.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from fastsds.data import SwapItems
 from fastsds.evaluation.choice import stacked
 
 CHANCE = {"text": 25.0, "image": 25.0, "group": 100 / 6, "swap": 50.0}
-CHUNK = 128  # items a forward: 256 images and 256 captions
-
-Encode = Callable[[torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Winoground(NamedTuple):
@@ -53,19 +47,3 @@ def tied(scores) -> np.ndarray:
     s = stacked(scores, 2, 2)
     return (s[:, 0] == s[:, 1]).any(axis=1) | (s[:, :, 0] == s[:, :, 1]).any(axis=1)
 
-
-@torch.no_grad()
-def evaluate_swaps(encode: Encode, items: SwapItems, chunk: int = CHUNK) -> np.ndarray:
-    """Return the cosine of every caption with every image of its item. Shapes: -> float64 [N, 2 captions, 2 images].
-
-    Args: encode: (pixels uint8 [n, 3, S, S], captions [n]) -> (image [n, d], text [n, d]), of unit length. chunk: items
-        a call. A positive logit scale would change no inequality, so it is left out.
-    """
-    parts = []
-    for first in range(0, len(items), chunk):
-        pixels = items.pixels[first : first + chunk]
-        captions = [c for pair in items.captions[first : first + chunk] for c in pair]
-        image, text = encode(pixels.flatten(0, 1), captions)
-        image, text = (x.double().unflatten(0, (-1, 2)) for x in (image, text))
-        parts.append((text @ image.transpose(1, 2)).cpu())
-    return torch.cat(parts).numpy()

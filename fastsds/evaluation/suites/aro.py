@@ -87,7 +87,7 @@ def _load(
     measures["accuracy/all"] = Metric("accuracy", np.zeros(len(items), np.int64), 50.0)
     measures |= by_value("accuracy", kind, [[value] if value in counted else [] for value in labels], 50.0)
     headline = tuple(metric for metric in ("accuracy/macro", "accuracy", "accuracy/all") if metric in measures)
-    suite = Suite(name=name, items=items, judge=_judge, measures=measures, headline=headline)
+    suite = Suite(name=name, items=items, judge=_judge, measures=measures, headline=headline, kind=kind)
     repeated = len(items) - len({(item.images, item.captions) for item in items})
     if repeated:
         suite.notes.append(f"{repeated} of {len(items)} cases repeat an earlier one; they count, as in published figures")

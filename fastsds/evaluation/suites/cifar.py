@@ -8,7 +8,6 @@ run any code when it is read, and is refused.
 """
 
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ import numpy as np
 
 from fastsds.config import ConfigError
 from fastsds.evaluation.suite import Gallery, ImageRef, register
-from fastsds.evaluation.suites.classification import class_names, gallery, read_templates
-from fastsds.evaluation.suites.files import read_text
+from fastsds.evaluation.suites.classification import class_names, first_of_each, gallery, read_templates
+from fastsds.evaluation.suites.files import png, read_text
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -40,18 +39,18 @@ LAYOUTS = {
 
 
 @register("cifar10")
-def load_10(path: Path, classes: str | None = None, templates: str | None = None) -> Gallery:
+def load_10(path: Path, classes: str | None = None, templates: str | None = None, items: int | None = None) -> Gallery:
     """Args: classes: a file of names in the order of the labels; default: the data set's own. templates: a file."""
-    return _load(10, path, classes, templates)
+    return _load(10, path, classes, templates, items)
 
 
 @register("cifar100")
-def load_100(path: Path, classes: str | None = None, templates: str | None = None) -> Gallery:
+def load_100(path: Path, classes: str | None = None, templates: str | None = None, items: int | None = None) -> Gallery:
     """Args: classes: a file of names in the order of the labels; default: the data set's own. templates: a file."""
-    return _load(100, path, classes, templates)
+    return _load(100, path, classes, templates, items)
 
 
-def _load(count: int, path: Path, classes: str | None, templates: str | None) -> Gallery:
+def _load(count: int, path: Path, classes: str | None, templates: str | None, items: int | None) -> Gallery:
     layout = LAYOUTS[count]
     file = next((f / layout.images for f in (path / layout.folder, path) if (f / layout.images).is_file()), None)
     if file is None:
@@ -70,16 +69,9 @@ def _load(count: int, path: Path, classes: str | None, templates: str | None) ->
         raise ConfigError(f"{file.parent / layout.names}: {len(own)} names, expected {count}")
     names = own if classes is None else class_names(Path(classes), own)
     images = [
-        (ImageRef(f"{file}[{k}]", f"{file}: row {k}", partial(_png, record[layout.skip :])), label)
+        (ImageRef(f"{file}[{k}]", f"{file}: row {k}", partial(png, record[layout.skip :].reshape(3, SIDE, SIDE))), label)
         for k, (record, label) in enumerate(zip(records, labels, strict=True))
     ]
-    return gallery(f"cifar{count}", images, [name.replace("_", " ") for name in names], read_templates(templates))
+    shown = [name.replace("_", " ") for name in names]
+    return gallery(f"cifar{count}", first_of_each(images, items), shown, read_templates(templates))
 
-
-def _png(planes: np.ndarray) -> bytes:
-    """Planes of red, green and blue as a file, without loss."""
-    from PIL import Image
-
-    with BytesIO() as file:
-        Image.fromarray(np.ascontiguousarray(planes.reshape(3, SIDE, SIDE).transpose(1, 2, 0))).save(file, "PNG")
-        return file.getvalue()

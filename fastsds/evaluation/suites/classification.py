@@ -12,6 +12,7 @@ Of equal scores the class that comes first wins, as with argmax; the metrics wit
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,12 @@ TEMPLATES = ("a photo of a {}.",)
 
 
 @register("zeroshot")
-def load(path: Path, classes: str | None = None, templates: str | None = None) -> Gallery:
-    """Args: classes, templates: files, see above."""
+def load(path: Path, classes: str | None = None, templates: str | None = None, items: int | None = None) -> Gallery:
+    """Args: classes, templates: files, see above. items: the first images of each class alone."""
     folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
     if not folders:
         raise ConfigError(f"{path}: one folder a class expected")
-    images = [(ref, k) for k, folder in enumerate(folders) for ref in _images(path / folder)]
+    images = first_of_each([(ref, k) for k, folder in enumerate(folders) for ref in _images(path / folder)], items)
     names = [folder.replace("_", " ") for folder in folders] if classes is None else class_names(Path(classes), folders)
     return gallery("zeroshot", images, names, read_templates(templates), root=path)
 
@@ -64,6 +65,16 @@ def gallery(
         queries=[Query("image", labels, np.arange(len(names)), ids, judge)],
         exports=[Export(name, "zeroshot_classification", {a: b for a, b in theirs.items() if b in measures})],
     )  # fmt: skip
+
+
+def first_of_each(images: list[tuple[ImageRef, int]], n: int | None) -> list[tuple[ImageRef, int]]:
+    """The first n images of each class; None: all."""
+    seen, found = Counter(), []
+    for ref, label in images:
+        seen[label] += 1
+        if n is None or seen[label] <= n:
+            found.append((ref, label))
+    return found
 
 
 def class_names(file: Path, folders: list[str]) -> list[str]:

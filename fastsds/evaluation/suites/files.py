@@ -1,8 +1,11 @@
 """What all loaders do: find a file, read JSON, check a row's fields, find its image. Every error names file and row."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastsds.config import ConfigError
 from fastsds.evaluation.suite import ImageRef
@@ -64,6 +67,15 @@ def field(where: str, row, key: str, kind: type, blank: bool = False):
     if not right or (kind is str and not blank and not value.strip()):
         raise ConfigError(f"{where}: {key} is {value!r:.60}, expected {_KINDS[kind]}" + " that is not empty" * (kind is str))
     return value
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Pixels as a file, without loss. Shapes: uint8 [3, H, W]."""
+    from PIL import Image
+
+    with BytesIO() as file:
+        Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
 
 def unique(seen: dict, key, where: str, what: str) -> None:

@@ -48,7 +48,7 @@ def load(path: Path) -> Suite:
     for name in ("pair", "pair_strict"):
         measures |= over_groups(name, of, CHANCE["image"]) | over_items(name, [True] * len(items), CHANCE["image"])
     measures |= by_value("pair", "pattern", [[pattern] for pattern in of], CHANCE["image"])
-    return Suite(name="mmvp", items=items, judge=judge, measures=measures, headline=("pair/macro", "pair"))
+    return Suite(name="mmvp", items=items, judge=judge, measures=measures, headline=("pair/macro", "pair"), kind="pattern")
 
 
 def judge(scores) -> dict:

@@ -25,21 +25,21 @@ AT = (1, 5, 10)
 
 
 @register("coco_retrieval")
-def load_coco(path: Path, images: str | None = None, split: str = "test") -> Gallery:
-    """Args: images: the folder that names are relative to. split: of a dataset_*.json."""
+def load_coco(path: Path, images: str | None = None, split: str = "test", items: int | None = None) -> Gallery:
+    """Args: images: the folder that names are relative to. split: of a dataset_*.json. items: the first images alone."""
     names = ("coco_karpathy_test.json", "dataset_coco.json", "coco_test_karpathy.json")
-    return _load("coco_retrieval", "mscoco_captions", find(path, *names), images, split)
+    return _load("coco_retrieval", "mscoco_captions", find(path, *names), images, split, items)
 
 
 @register("flickr30k_retrieval")
-def load_flickr(path: Path, images: str | None = None, split: str = "test") -> Gallery:
-    """Args: images: the folder that names are relative to. split: of a dataset_*.json."""
+def load_flickr(path: Path, images: str | None = None, split: str = "test", items: int | None = None) -> Gallery:
+    """Args: images: the folder that names are relative to. split: of a dataset_*.json. items: the first images alone."""
     names = ("flickr30k_test.json", "dataset_flickr30k.json")
-    return _load("flickr30k_retrieval", "flickr30k", find(path, *names), images, split)
+    return _load("flickr30k_retrieval", "flickr30k", find(path, *names), images, split, items)
 
 
-def _load(name: str, dataset: str, file: Path, images: str | None, split: str) -> Gallery:
-    said = read_captions(file, None if images is None else Path(images), split)
+def _load(name: str, dataset: str, file: Path, images: str | None, split: str, first: int | None) -> Gallery:
+    said = read_captions(file, None if images is None else Path(images), split)[:first]
     items = [Item(of.name, (of.image,), of.captions) for of in said]
     owner = np.array([k for k, of in enumerate(said) for _ in of.captions])
     number, sizes, total = np.arange(len(said)), [len(of.captions) for of in said], len(owner)

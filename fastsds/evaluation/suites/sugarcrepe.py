@@ -47,6 +47,7 @@ def load(path: Path, images: str | None = None) -> Suite:
         exports.append(Export(f"sugar_crepe/{category}", "image_caption_selection", {"text_acc": ours, "acc": ours}))
     return Suite(
         name="sugarcrepe", items=items, judge=_judge, measures=measures, headline=tuple(measures), exports=exports,
+        kind="category",
     )  # fmt: skip
 
 
