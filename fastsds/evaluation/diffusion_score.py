@@ -20,7 +20,8 @@ from fastsds import ops
 from fastsds.arguments import WEIGHTINGS, weights
 from fastsds.data import SwapItems, digest
 from fastsds.evaluation.elimination import Race, run, spread
-from fastsds.evaluation.suite import ImageRef, Item, Suite, pixels
+from fastsds.evaluation.scorer import weights_digest
+from fastsds.evaluation.suite import Composed, ImageRef, Item, Suite, pixels
 from fastsds.progress import clock
 from fastsds.schedule import level_range, timestep_range
 
@@ -38,11 +39,11 @@ class _Question:
     image that is asked of anything. texts, latents: their rows in the tables of a group.
     """
 
-    def __init__(self, scorer, id: int, captions: Sequence[str], images: Sequence[Hashable], chosen: tuple[str, ...] = ()):
+    def __init__(self, scorer, id: int, captions: Sequence[str], images: Sequence[Hashable], chosen=(), corrected=False):
         (self.said, self.c), (self.images, self.i) = _distinct(captions), _distinct(images)
-        self.id, self.corrected = id, scorer.correction == "unconditional"
+        self.id, self.corrected = id, corrected
         self.race = Race(len(self.said), len(self.images), scorer.steps, chosen, scorer.stop)
-        self.said += [""] * self.corrected
+        self.said += [""] * corrected
 
     def begin(self, texts: dict[str, int], latents: dict[Hashable, int]) -> None:
         self.texts, self.latents = np.array([texts[c] for c in self.said]), np.array([latents[i] for i in self.images])
@@ -99,30 +100,36 @@ class DiffusionScorer:
         if not bool(self.weights[slice(*self.span)].isfinite().all()):
             raise ValueError(f"weighting: {weighting!r} has no bound in the band, where this teacher leaves no signal")
         self.teacher, self.steps, self.stop, self.batch, self.seed = teacher, steps, stop, batch, seed
-        self.weighting, self.correction = weighting, correction
+        self.weighting, self.corrected = weighting, correction == "unconditional"
         self.passes = 0  # pairs and draws that the UNet was asked for
         self._order = np.array(spread(steps))
         self._kept: OrderedDict[tuple[ImageRef, str], torch.Tensor] = OrderedDict()
+        self._bare: dict[tuple[ImageRef, str], float] = {}  # S("", image), of `score`
+        self._digests: dict[str, str] = {}
 
     @property
     def settings(self) -> dict:
-        """What scores depend on."""
+        """What scores depend on; the teacher by digests of its parts' weights."""
+        teacher, parts = self.teacher, ("unet", "vae", "text_encoder")
+        self._digests = self._digests or {part: weights_digest(getattr(teacher, part)) for part in parts}
         return {
             "steps": self.steps, "timesteps": list(self.span), "weighting": self.weighting, "stop": self.stop,
-            "log_snr": list(level_range(self.teacher.alphas_cumprod, *self.span)), "correction": self.correction,
-            "seed": self.seed, "dtype": str(self.teacher.dtype), "prediction_type": self.teacher.prediction_type,
+            "log_snr": list(level_range(teacher.alphas_cumprod, *self.span)), "seed": self.seed,
+            "correction": CORRECTIONS[self.corrected], "dtype": str(teacher.dtype).removeprefix("torch."),
+            "prediction_type": teacher.prediction_type, "teacher": self._digests,
         }  # fmt: skip
 
     def score(self, images: Sequence[ImageRef], captions: Sequence[str]) -> np.ndarray:
         """Score every caption with every image, by all draws. Shapes: -> float64 [captions, images].
 
-        All pairs share the draws of one item, whose id is 0: what is scored in several calls compares.
+        All pairs share the draws of one item, whose id is 0: what is scored in several calls compares, and an image's
+        correction is asked for once.
         """
         width = GROUP * self.batch
         parts = [captions[k : k + width] for k in range(0, len(captions), width)]
         asked = (_Question(self, 0, part, [ref]) for ref in images for part in parts)
         found = [q.scores() for q in self._answered(asked, self._encoded)]
-        return np.concatenate(found).reshape(len(images), len(captions)).T
+        return np.concatenate(found).reshape(len(images), len(captions)).T - self._unconditional(images)
 
     def score_items(self, items: Sequence[Item]) -> list[np.ndarray]:
         """Score the pairs of each item, with draws that come from its id. Shapes: -> float64 [captions, images] each.
@@ -155,14 +162,14 @@ class DiffusionScorer:
     def forecast(self, suite: Suite) -> str:
         """How many passes of the UNet a suite takes, and about how long, from two timed calls."""
         pairs = images = 0
-        for part in getattr(suite, "parts", [suite]):
+        for part in suite.parts if isinstance(suite, Composed) else [suite]:
             if part.gallery:
                 pairs += len(part.items) * sum(map(len, part.texts))
                 images += len(part.items)
             else:
                 pairs += sum(len(item.captions) * len(item.images) for item in part.items)
                 images += sum(len(item.images) for item in part.items)
-        passes = self.steps * (pairs + images * (self.correction == "unconditional"))
+        passes = self.steps * (pairs + images * self.corrected)
         z, text = torch.zeros(1, *self.teacher.latent_shape, device=self.teacher.device), self.teacher.embed([""])
         one = np.zeros(self.batch, np.int64)
         for _ in range(2):  # the first one warms up
@@ -174,7 +181,17 @@ class DiffusionScorer:
         return f"{suite.name}: {least}{passes:,} passes of the UNet, about {least}{about} on {self.teacher.device}"
 
     def _questions(self, items: Sequence[Item]) -> Iterator[_Question]:
-        return (_Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen) for item in items)
+        for item in items:
+            yield _Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen, self.corrected)
+
+    def _unconditional(self, images: Sequence[ImageRef]) -> np.ndarray | float:
+        """What `score` takes off. Shapes: -> [images]."""
+        if not self.corrected:
+            return 0.0
+        new = [ref for ref in dict.fromkeys(images) if _key(ref) not in self._bare]
+        asked = (_Question(self, 0, [""], [ref]) for ref in new)
+        self._bare |= {_key(ref): float(q.scores()[0, 0]) for ref, q in zip(new, self._answered(asked, self._encoded))}
+        return np.array([self._bare[_key(ref)] for ref in images])
 
     def _answered(self, asked: Iterable[_Question], latents: Callable[[list], torch.Tensor]) -> Iterator[_Question]:
         """The questions, their races run. latents: names -> [n, C, h, w]."""
@@ -227,7 +244,7 @@ class DiffusionScorer:
         """Latents of images, one after another, so that none depends on the others; the last ones asked for are kept."""
         found = []
         for ref in images:
-            key = ref, ref.where  # a name is its own in one file only
+            key = _key(ref)
             if key not in self._kept:
                 self._kept[key] = self.teacher.encode(pixels(ref, self.teacher.image_size)[None])[0]
             self._kept.move_to_end(key)
@@ -286,6 +303,11 @@ def pair_scores(teacher, z: torch.Tensor, text: torch.Tensor, t: torch.Tensor, e
 
     z, t, eps, text = pairs(z, "latent"), pairs(t, "item"), pairs(eps, "item"), pairs(text, "caption")
     return teacher.score(z.contiguous(), t, eps.contiguous(), text).unflatten(0, (b, captions, latents))
+
+
+def _key(ref: ImageRef) -> tuple[ImageRef, str]:
+    """What tells an image from those of other files, too, where a name may come again."""
+    return ref, ref.where
 
 
 def _distinct(values: Sequence) -> tuple[list, list[int]]:
