@@ -1,6 +1,7 @@
 """The teacher as a scorer: its formula, what its draws depend on, what a choice needs, and what stopping early changes."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,12 @@ from PIL import Image
 from scipy import stats
 
 from fastsds import ops, world
+from fastsds.config import ConfigError
 from fastsds.data import digest
+from fastsds.evaluation import stopping
 from fastsds.evaluation.diffusion_score import DiffusionScorer
 from fastsds.evaluation.elimination import Race, run, spread, stages
+from fastsds.evaluation.run import evaluate
 from fastsds.evaluation.statistics import wilson
 from fastsds.evaluation.suite import ImageRef, Item, load_suite, suite_names
 from fastsds.evaluation.winoground import winoground
@@ -138,6 +142,10 @@ def test_a_gallery_may_be_scored_in_parts(teacher):
     parts = [np.vstack([scorer.score(images[a:b], captions[:2]), scorer.score(images[a:b], captions[2:])])
              for a, b in ((0, 1), (1, 3))]  # fmt: skip
     assert np.array_equal(np.hstack(parts), whole)
+    corrected = DiffusionScorer(teacher, steps=4, batch=8, correction="unconditional")
+    again, bare = corrected.score(images, captions), scorer.score(images, [""])
+    np.testing.assert_allclose(again, whole - bare, rtol=0, atol=1e-12)
+    assert corrected.passes == 4 * (15 + 3)
 
 
 def test_equal_captions_and_images_tie_and_are_asked_once(teacher):
@@ -149,14 +157,6 @@ def test_equal_captions_and_images_tie_and_are_asked_once(teacher):
     assert np.array_equal(s[0], s[2]) and np.array_equal(s[:, 0], s[:, 2]) and len(np.unique(s)) == 4
     assert scorer.passes == 4 * (2 * 2 + 2)
     assert DiffusionScorer(teacher, steps=4, correction="unconditional").terms([item])[0].shape == (4, 3, 3)
-
-
-def test_images_of_two_files_are_not_taken_for_one_another(teacher):
-    """Rows of two tables may have one name."""
-    a, b = (ImageRef("row 3", where, refs(tiny.pixels(1, seed=k))[0].read) for k, where in enumerate("ab"))
-    scorer = DiffusionScorer(teacher, steps=2)
-    assert scorer.score([a], ["a ring"]) != scorer.score([b], ["a ring"])
-    assert scorer.score([a], ["a ring"]) == DiffusionScorer(teacher, steps=2).score([a], ["a ring"])
 
 
 def test_correction_changes_image_choices_only(teacher):
@@ -306,8 +306,6 @@ def test_scorer_asks_what_the_race_needs(teacher, correction):
 @pytest.mark.slow
 def test_reaches_the_accuracy_recorded_with_the_weights():
     """On the items and with the settings of the manifest, and draws of its own: within Wilson's intervals of 100 items."""
-    import json
-
     from fastsds.world.scenes import swap_items
 
     recorded = json.loads((world.WEIGHTS / "manifest.json").read_text())["teacher_score"]
@@ -348,8 +346,6 @@ def test_a_missing_image_is_named(teacher):
     def missing():
         raise FileNotFoundError(2, "No such file or directory")
 
-    from fastsds.config import ConfigError
-
     item = Item("0", (ImageRef("gone.png", "rows.json: row 4", missing),), ("a", "b"))
     with pytest.raises(ConfigError, match="rows.json: row 4: gone.png: No such file"):
         DiffusionScorer(teacher).score_items([item])
@@ -366,3 +362,72 @@ def test_forecast_counts_passes_before_they_are_made(tmp_path, teacher):
     suite = load_suite("flickr30k_retrieval", *released.write("flickr30k_retrieval", tmp_path / "f", 6))
     pairs = len(suite.items) * len(suite.texts)
     assert f" {pairs * 5:,} passes" in DiffusionScorer(teacher, steps=5, stop=0.01).forecast(suite)
+    scorer = DiffusionScorer(teacher, steps=1, correction="unconditional")
+    evaluate(suite, scorer)
+    asked = scorer.passes
+    assert f" {asked:,} passes" in scorer.forecast(suite)
+
+
+def test_settings_are_what_scores_depend_on(teacher, folder):
+    settings = DiffusionScorer(teacher, steps=4, stop=0.1).settings
+    again = DiffusionScorer(Teacher.load(folder), steps=4, stop=0.1, batch=7).settings
+    assert settings == again == json.loads(json.dumps(settings))
+    others = ({"seed": 1}, {"correction": "unconditional"}, {"weighting": "snr"}, {"t_range": (0.2, 0.9)}, {"stop": None})
+    assert all(DiffusionScorer(teacher, **{"steps": 4, "stop": 0.1} | other).settings != settings for other in others)
+
+
+def test_evaluation_goes_on_where_it_was_stopped(tmp_path, teacher):
+    """The same rows, with `stop` as well: what an item scores depends on it alone."""
+    (tmp_path / "w").mkdir()
+    suite = load_suite("winoground", *released.write("winoground", tmp_path / "w", 9))
+    ask = lambda: DiffusionScorer(teacher, steps=8, batch=2, stop=0.3)  # noqa: E731
+    whole = evaluate(suite, ask(), tmp_path / "whole")
+    cut = tmp_path / "cut"
+    evaluate(suite, ask(), cut)
+    rows = (cut / "items.jsonl").read_text().splitlines(keepends=True)
+    (cut / "items.jsonl").write_text("".join(rows[:5]) + rows[5][:20])
+    result = json.loads((cut / "result.json").read_text())
+    (cut / "result.json").unlink()
+    (cut / "started.json").write_text(json.dumps({key: result[key] for key in ("suite", "fingerprint", "scorer")}))
+    assert evaluate(suite, ask(), cut).rows == whole.rows
+
+
+# The curve of what is traded.
+
+
+def test_what_stopping_trades(tmp_path, teacher, monkeypatch):
+    """Replayed from one set of terms: the passes and the scores are those of scorers that stop."""
+    (tmp_path / "w").mkdir()
+    suite = load_suite("winoground", *released.write("winoground", tmp_path / "w", 9))
+    monkeypatch.setattr(stopping, "STEPS", (2, 8))
+    rows = stopping.measure(tmp_path / "out", teacher, suite, "the command")
+    own = {(r["draws"], r["rule"], r["value"]): r for r in rows if tuple(r["chosen"]) == ("captions", "images")}
+    full = DiffusionScorer(teacher, steps=8)
+    scores = np.stack(full.score_items(suite.items))
+    assert own[8, "all", None]["passes"] == full.passes == 9 * 4 * 8 and own[8, "all", None]["changed"] == 0
+    for risk in (0.5, 0.2):
+        scorer = DiffusionScorer(teacher, steps=8, stop=risk)
+        found = np.stack(scorer.score_items(suite.items))
+        changed = sum((np.sign(np.diff(found, axis=k)) != np.sign(np.diff(scores, axis=k))).sum() for k in (1, 2))
+        row = own[8, "stop", risk]
+        assert (row["passes"], row["changed"], row["choices"]) == (scorer.passes, changed, 9 * 4)
+        assert row["saved"] == 1 - scorer.passes / full.passes
+        assert row["text"] == 100 * winoground(found).text.mean()
+    corrected = DiffusionScorer(teacher, steps=8, correction="unconditional")
+    found = np.stack(corrected.score_items(suite.items))
+    row = own[8, "corrected", None]
+    assert row["passes"] == corrected.passes and row["image"] == 100 * winoground(found).image.mean()
+    assert row["changed"] == (np.sign(np.diff(found, axis=2)) != np.sign(np.diff(scores, axis=2))).sum() > 0
+    first = own[8, "first", 4]
+    terms = np.stack(full.terms(suite.items))
+    assert first["saved"] == 0.5
+    assert first["group"] == 100 * winoground(terms[:, :4].mean(axis=1)).group.mean()
+    assert [json.loads(line)["passes"] for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()] == [
+        row["passes"] for row in rows
+    ]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.startswith("`the command`, commit") and "| 8 | stop 0.5 |" in table and "| 8 | 288 |" in table
+    (tmp_path / "f").mkdir()
+    gallery = load_suite("flickr30k_retrieval", *released.write("flickr30k_retrieval", tmp_path / "f", 3))
+    with pytest.raises(ConfigError, match="a gallery, of which nothing is dropped"):
+        stopping.measure(tmp_path / "none", teacher, gallery, "")

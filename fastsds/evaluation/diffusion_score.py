@@ -10,8 +10,8 @@ them. It changes which image a caption chooses, and never which caption an image
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from math import isqrt
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fastsds import ops
 from fastsds.arguments import WEIGHTINGS, weights
 from fastsds.data import SwapItems, digest
 from fastsds.evaluation.elimination import Race, run, spread
+from fastsds.evaluation.run import PAIRS
 from fastsds.evaluation.scorer import weights_digest
 from fastsds.evaluation.suite import Composed, ImageRef, Item, Suite, pixels
 from fastsds.progress import clock
@@ -28,7 +29,6 @@ from fastsds.schedule import level_range, timestep_range
 BATCH, STEPS = 64, 32
 T_RANGE = (0.3, 0.95)  # below, the latent alone gives the noise away; above, it holds nothing to compare a caption with
 GROUP = 8  # batches of pairs whose texts and latents are held at a time
-LATENTS = 1024  # images whose latents are kept
 CORRECTIONS = ("none", "unconditional")
 
 
@@ -103,8 +103,6 @@ class DiffusionScorer:
         self.weighting, self.corrected = weighting, correction == "unconditional"
         self.passes = 0  # pairs and draws that the UNet was asked for
         self._order = np.array(spread(steps))
-        self._kept: OrderedDict[tuple[ImageRef, str], torch.Tensor] = OrderedDict()
-        self._bare: dict[tuple[ImageRef, str], float] = {}  # S("", image), of `score`
         self._digests: dict[str, str] = {}
 
     @property
@@ -122,14 +120,13 @@ class DiffusionScorer:
     def score(self, images: Sequence[ImageRef], captions: Sequence[str]) -> np.ndarray:
         """Score every caption with every image, by all draws. Shapes: -> float64 [captions, images].
 
-        All pairs share the draws of one item, whose id is 0: what is scored in several calls compares, and an image's
-        correction is asked for once.
+        All pairs share the draws of one item, whose id is 0: what is scored in several calls compares.
         """
         width = GROUP * self.batch
         parts = [captions[k : k + width] for k in range(0, len(captions), width)]
-        asked = (_Question(self, 0, part, [ref]) for ref in images for part in parts)
+        asked = (_Question(self, 0, part, [ref], corrected=self.corrected) for ref in images for part in parts)
         found = [q.scores() for q in self._answered(asked, self._encoded)]
-        return np.concatenate(found).reshape(len(images), len(captions)).T - self._unconditional(images)
+        return np.concatenate(found).reshape(len(images), len(captions)).T
 
     def score_items(self, items: Sequence[Item]) -> list[np.ndarray]:
         """Score the pairs of each item, with draws that come from its id. Shapes: -> float64 [captions, images] each.
@@ -165,7 +162,7 @@ class DiffusionScorer:
         for part in suite.parts if isinstance(suite, Composed) else [suite]:
             if part.gallery:
                 pairs += len(part.items) * sum(map(len, part.texts))
-                images += len(part.items)
+                images += len(part.items) * -(-sum(map(len, part.texts)) // isqrt(PAIRS))  # of each block of texts
             else:
                 pairs += sum(len(item.captions) * len(item.images) for item in part.items)
                 images += sum(len(item.images) for item in part.items)
@@ -183,15 +180,6 @@ class DiffusionScorer:
     def _questions(self, items: Sequence[Item]) -> Iterator[_Question]:
         for item in items:
             yield _Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen, self.corrected)
-
-    def _unconditional(self, images: Sequence[ImageRef]) -> np.ndarray | float:
-        """What `score` takes off. Shapes: -> [images]."""
-        if not self.corrected:
-            return 0.0
-        new = [ref for ref in dict.fromkeys(images) if _key(ref) not in self._bare]
-        asked = (_Question(self, 0, [""], [ref]) for ref in new)
-        self._bare |= {_key(ref): float(q.scores()[0, 0]) for ref, q in zip(new, self._answered(asked, self._encoded))}
-        return np.array([self._bare[_key(ref)] for ref in images])
 
     def _answered(self, asked: Iterable[_Question], latents: Callable[[list], torch.Tensor]) -> Iterator[_Question]:
         """The questions, their races run. latents: names -> [n, C, h, w]."""
@@ -241,17 +229,8 @@ class DiffusionScorer:
             yield group
 
     def _encoded(self, images: list[ImageRef]) -> torch.Tensor:
-        """Latents of images, one after another, so that none depends on the others; the last ones asked for are kept."""
-        found = []
-        for ref in images:
-            key = _key(ref)
-            if key not in self._kept:
-                self._kept[key] = self.teacher.encode(pixels(ref, self.teacher.image_size)[None])[0]
-            self._kept.move_to_end(key)
-            found.append(self._kept[key])
-        while len(self._kept) > LATENTS:
-            self._kept.popitem(last=False)
-        return torch.stack(found)
+        """Latents of images, one after another: none depends on the others. Shapes: -> fp32 [n, C, h, w]."""
+        return torch.cat([self.teacher.encode(pixels(ref, self.teacher.image_size)[None]) for ref in images])
 
 
 def diffusion_scores(
@@ -303,11 +282,6 @@ def pair_scores(teacher, z: torch.Tensor, text: torch.Tensor, t: torch.Tensor, e
 
     z, t, eps, text = pairs(z, "latent"), pairs(t, "item"), pairs(eps, "item"), pairs(text, "caption")
     return teacher.score(z.contiguous(), t, eps.contiguous(), text).unflatten(0, (b, captions, latents))
-
-
-def _key(ref: ImageRef) -> tuple[ImageRef, str]:
-    """What tells an image from those of other files, too, where a name may come again."""
-    return ref, ref.where
 
 
 def _distinct(values: Sequence) -> tuple[list, list[int]]:

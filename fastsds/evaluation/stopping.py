@@ -11,6 +11,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,36 +109,42 @@ def table(rows: list[dict], about: str) -> str:
 
 
 def measure(folder: Path, teacher, suite: Suite, command: str) -> list[dict]:
-    """Ask, replay and write. Raises: ConfigError for a suite without items."""
+    """Ask, replay and write, anew after each number of draws. Raises: ConfigError for a suite without items."""
     items = [item for part in _parts(suite) for item in part.items]
     if not items:
         raise ConfigError(f"suite {suite.name}: a gallery, of which nothing is dropped; expected one of items")
-    rows, chunks = [], [items[k : k + CHUNK] for k in range(0, len(items), CHUNK)]
+    rows, source = [], provenance()
+    folder.mkdir(parents=True, exist_ok=True)
     for steps in STEPS:
         scorer = DiffusionScorer(teacher, steps=steps)
-        terms = [x for part in watched(chunks, f"{steps} draws, {CHUNK} items each") for x in scorer.terms(part)]
+        terms = _terms(scorer, items)
         if steps == CORRECTED:
             rows.append(_corrected(teacher, suite, items, terms))
         rows += rows_of(suite, items, terms)
+        about = (
+            f"`{command}`, commit {source['commit']}, torch {source['versions']['torch']}, {source['machine']}; {len(items):,} "
+            f"items of {suite.name}; settings, but for the draws: {json.dumps(scorer.settings)}."
+        )
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / "table.md").write_text(table(rows, about), encoding="utf-8")
         print(f"{steps} draws: {scorer.passes:,} passes", flush=True)
-    source = provenance()
-    about = (
-        f"`{command}`, commit {source['commit']}, torch {source['versions']['torch']}, {source['machine']}; {len(items):,} "
-        f"items of {suite.name}; settings, but for the draws: {json.dumps(scorer.settings)}."
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "table.md").write_text(table(rows, about), encoding="utf-8")
     return rows
 
 
+def _terms(scorer: DiffusionScorer, items: list[Item]) -> list[np.ndarray]:
+    parts = [items[k : k + CHUNK] for k in range(0, len(items), CHUNK)]
+    return [x for part in watched(parts, f"{scorer.steps} draws, {CHUNK} items each") for x in scorer.terms(part)]
+
+
 def _corrected(teacher, suite: Suite, items: list[Item], terms: list[np.ndarray]) -> dict:
-    """A row of the same draws, corrected by what is denoised without a caption."""
-    scorer = DiffusionScorer(teacher, steps=len(terms[0]), correction="unconditional")
-    found = [s for k in range(0, len(items), CHUNK) for s in scorer.score_items(items[k : k + CHUNK])]
+    """A row of the same draws, less the error without a caption: what `correction="unconditional"` scores."""
+    scorer = DiffusionScorer(teacher, steps=len(terms[0]))
+    bare = _terms(scorer, [replace(item, captions=("",)) for item in items])
+    found = [(x - y).mean(axis=0) for x, y in zip(terms, bare, strict=True)]
     differ, choices = changed(replay(items, terms, None, BOTH), found, [x.mean(axis=0) for x in terms])
-    row = dict(zip(FIELDS, (len(terms[0]), "corrected", None, BOTH, scorer.passes, choices, differ), strict=False))
-    return row | {"saved": 1 - scorer.passes / sum(x.size for x in terms)} | accuracy(suite, found)
+    pairs = sum(x.size for x in terms)
+    row = dict(zip(FIELDS, (len(terms[0]), "corrected", None, BOTH, pairs + scorer.passes, choices, differ), strict=False))
+    return row | {"saved": -scorer.passes / pairs} | accuracy(suite, found)
 
 
 def _parts(suite: Suite) -> list[Suite]:
