@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import time
 
@@ -227,6 +228,7 @@ def test_every_kind_of_model(home, run, here, monkeypatch):
     tables = [run("--model", of, "--suite", "winoground") for of in (home / "a", "run", f"local-dir:{home / 'a'}")]
     rows = [list(cells(text, "winoground").values()) for text in tables]
     assert rows[0] == rows[1] == rows[2]
+    assert cells(run("--model", "./run/", "--suite", "winoground"), "winoground") == cells(tables[1], "winoground")
     weights = home / "a/open_clip_model.safetensors"
     assert (here / "evaluations/run/winoground/result.json").is_file()
     run("--model", f"tiny-eval:{weights}", "--suite", "winoground")
@@ -384,3 +386,39 @@ def test_two_ranks_are_as_one(home, run, here, python, monkeypatch):
     assert len(files) == 4
     for file in files:
         assert (here / "one" / file).read_bytes() == (here / "two" / file).read_bytes()
+
+
+# docs/evaluation.md
+
+
+def block(root, name):
+    text = (root / "docs/evaluation.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)[1]
+
+
+def test_the_pages_commands_run_and_print_its_table(root, here, capsys):
+    """The same rows and columns; values within two items, for another machine may round otherwise."""
+    said = block(root, "eval")
+    (here / "shorter.py").write_text(re.search(r"```python\n(.*?)```", said, re.DOTALL)[1])
+    for line in re.findall(r"^fastsds eval (.*)$", said, re.MULTILINE):
+        assert command.main(shlex.split(line)) == 0
+    printed = capsys.readouterr().out
+    printed, shown = printed[printed.index("world_dev: world against") :], block(root, "eval-table").strip("`\n")
+    assert [line.split()[0] for line in printed.splitlines() if line] == [x.split()[0] for x in shown.splitlines() if x]
+    assert printed.split("---")[0].split() == shown.split("---")[0].split()
+    for name, row in cells(shown, "world_dev").items():
+        own = cells(printed, "world_dev")[name]
+        assert own[2:7] == row[2:7] and abs(float(own[0]) - float(row[0])) <= 2 * 100 / 60
+        assert re.fullmatch(r"\+\d+\.\d \(95 % \+\d+\.\d to \+\d+\.\d\), p = [\d.e-]+", row[7])
+
+
+def test_the_page_has_every_suite_its_data_and_a_public_figure(root):
+    text = (root / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in suite_names() if f"`{name}`" not in text and f"    {name} " not in text] == []
+    for source in ("facebook/winoground", "mertyg/vision-language-models-are-bows", "RAIVNLab/sugar-crepe", "MMVP/MMVP_VLM",
+                   "kriz/cifar", "image-net.org", "cocodataset.org", "karpathy", "DenotationGraph"):  # fmt: skip
+        assert source in text, source
+    figures = text[text.index("## Check your set-up first") :]
+    for column in ("Winoground", "VG-R", "VG-A", "COCO-Order", "Flickr-Order", "SugarCrepe", "MMVP", "ImageNet", "CIFAR-10",
+                   "CIFAR-100", "| COCO | Flickr30k |"):  # fmt: skip
+        assert column in figures, column
