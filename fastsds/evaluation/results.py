@@ -78,9 +78,7 @@ class Result:
             for name, metric in self.measures.items()
         }  # fmt: skip
         whole = {**self.about, "headline": list(self.headline), "ties": self.ties, "metrics": metrics, **provenance()}
-        partial = folder / (RESULT + ".partial")
-        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / RESULT)
+        _put(folder / RESULT, whole)
 
 
 def load_result(folder: Path | str) -> Result:
@@ -127,13 +125,13 @@ class Growing:
             raise ConfigError(f"{folder}: {ITEMS} in it is of no known evaluation; name another folder")
         if known is not None:
             _same(known, about)
-            self.finished = known.name == RESULT
             self.rows = _whole_lines(folder / ITEMS)[:size]
+            self.finished = known.name == RESULT and len(self.rows) == size
             self.kept = {path.stem: np.load(path) for path in sorted((folder / WORK).glob("*.npy"))}
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / STARTED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            _put(folder / STARTED, about)
         except OSError as error:
             raise ConfigError(f"{error.filename}: {error.strerror}") from error
 
@@ -169,6 +167,13 @@ def _same(file: Path, wanted: dict[str, Any]) -> None:
                 f"{file} is of another {'suite' if key == 'fingerprint' else key}: {json.dumps(found.get(key))}, "
                 f"this one's is {json.dumps(value)}; name another folder, or delete it"
             )
+
+
+def _put(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON in one piece."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _whole_lines(path: Path) -> list[dict]:
