@@ -259,7 +259,7 @@ def test_arms_of_several_seeds():
     [
         ({"right": [1, 0, 1, 1]}, "of 5 and 4 items; the first that differs is number 4: '4' and none"),
         ({"ids": list("01x34")}, "of 5 and 5 items; the first that differs is number 2: '2' and 'x'"),
-        ({"fingerprint": "2"}, "of items with the same ids, but other captions, images or metrics"),
+        ({"fingerprint": "2"}, "of items with the same ids, but other captions, boxes or metrics"),
         ({"suite": "mmvp"}, "of suites winoground and mmvp"),
     ],
 )

@@ -1,4 +1,4 @@
-"""evaluate(): every kind of scorer and suite, stopped and gone on with, on two ranks as on one, in training as afterwards."""
+"""evaluate(): scorers and suites of all kinds, stopped and gone on with, on two ranks as on one (training: test_deepspeed)."""
 
 import json
 import shutil
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import released
-import runs
 import tiny
 import torch
 
@@ -394,52 +393,3 @@ def test_two_ranks_go_on_and_stop_together(student, places, two):
     assert first["stopped"][0] == first["coco_retrieval features"][0] - 2
     assert first["fails"] == second["fails"] and "line 4: " in first["fails"] and "not a readable image" in first["fails"]
     assert first["done"] == second["done"] and "result.json is of another suite" in first["done"]
-
-
-# -- during training ---------------------------------------------------------------------------------------------------
-
-SUITES = {"world": ("eval.suite=world_dev", "eval.items=4"), "winoground": ("eval.suite=winoground", "eval.items=20")}
-ENGINES = ("plain", "1 zero0", "1 zero3", "2 zero0", "2 zero3")
-STEPS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def trained(places, tmp_path_factory):
-    """Runs that evaluate before the first and after each of two steps: {(engine, suite): folder}."""
-    folder = tmp_path_factory.mktemp("trained")
-    base = ["--recipe", runs.write_recipe(folder)]
-    sets = ("steps=2", "data.batch=8", "eval.every=1", "checkpoint_every=1", "optimizer.lr=0.01", "optimizer.warmup=0")
-    tight = folder / "zero3.json"  # every parameter is really partitioned, and gathered where it is used
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
-    tight.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10**9}))
-    configs, found = {"zero0": runs.ROOT / "configs/zero0.json", "zero3": tight}, {}
-    argv = {suite: [*base, *runs.sets(*sets, *more)] for suite, more in SUITES.items()}
-    argv["winoground"] += runs.sets(f"eval.data={places['winoground'][0]}")
-    for suite, how in argv.items():
-        found["plain", suite] = folder / "plain" / suite
-        assert runs.train(*how, "--output", found["plain", suite]) == 0
-    for ranks in (1, 2):
-        plan = {(kind, suite): ["--config", config, *argv[suite]] for kind, config in configs.items() for suite in argv}
-        done = runs.launch(ranks, {" ".join(key): how for key, how in plan.items()}, folder / f"{ranks} ranks")
-        found |= {(f"{ranks} {kind}", suite): done[f"{kind} {suite}"] for kind, suite in plan}
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_evaluation_during_training_is_evaluation_afterwards(engine, suite, trained, places):
-    run = trained[engine, suite]
-    rows = {row["step"]: row for row in runs.rows(run, "eval")}
-    assert tuple(rows) == STEPS
-    asked = load_suite("world_dev", items=4) if suite == "world" else load_suite(suite, *places[suite], items=20)
-    for step in STEPS[1:]:
-        during = runs.evaluation(run, step)
-        after = evaluate(asked, ClipScorer(load_student(runs.at(run, step) / "student").eval()))
-        assert during.about["fingerprint"] == after.about["fingerprint"]
-        assert during.metrics == after.metrics and during.metrics.items() <= rows[step].items()
-        assert all(np.array_equal(during.outcomes[name], values) for name, values in after.outcomes.items())
-        for a, b in zip(during.rows, after.rows, strict=True):
-            assert a["id"] == b["id"] and np.allclose(a.get("scores", 0), b.get("scores", 0), rtol=0, atol=1e-6)
-    first, last = (np.array([row["scores"] for row in runs.evaluation(run, step).rows if "scores" in row]) for step in (0, 2))
-    assert np.abs(first - last).max() > 1e-2  # else all steps would be one

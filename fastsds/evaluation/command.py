@@ -132,7 +132,7 @@ def kept(a: Path, b: Path) -> list[Shown]:
     of_a, of_b = ({result.suite: result for result in map(load_result, _results(folder))} for folder in (a, b))
     both = [suite for suite in of_a if suite in of_b]
     if not both:
-        raise ConfigError(f"--compare: {a} has {', '.join(of_a)}, and {b} {', '.join(of_b)}: no suite in both")
+        raise ConfigError(f"--compare: {a} has {', '.join(of_a)}, and {b} has {', '.join(of_b)}: no suite in both")
     return [Shown(of_a[suite], of_b[suite]) for suite in both]
 
 

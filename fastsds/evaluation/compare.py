@@ -111,7 +111,7 @@ def same_items(a: Result, b: Result) -> None:
             repr(ids[k]) if k < len(ids) else "none" for ids in (x, y)
         )
     else:
-        why = "of items with the same ids, but other captions, images or metrics"
+        why = "of items with the same ids, but other captions, boxes or metrics"
     raise ConfigError(f"{a.suite}: models are compared on the same items alone, these results are {why}; evaluate both anew")
 
 

@@ -10,8 +10,8 @@ them. It changes which image a caption chooses, and never which caption an image
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from math import isqrt
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from fastsds import ops
 from fastsds.arguments import WEIGHTINGS, weights
 from fastsds.data import SwapItems, digest
 from fastsds.evaluation.elimination import Race, run, spread
-from fastsds.evaluation.suite import ImageRef, Item, Suite, pixels
+from fastsds.evaluation.run import PAIRS
+from fastsds.evaluation.scorer import weights_digest
+from fastsds.evaluation.suite import Composed, ImageRef, Item, Suite, pixels
 from fastsds.progress import clock
 from fastsds.schedule import level_range, timestep_range
 
 BATCH, STEPS = 64, 32
 T_RANGE = (0.3, 0.95)  # below, the latent alone gives the noise away; above, it holds nothing to compare a caption with
 GROUP = 8  # batches of pairs whose texts and latents are held at a time
-LATENTS = 1024  # images whose latents are kept
 CORRECTIONS = ("none", "unconditional")
 
 
@@ -38,11 +39,11 @@ class _Question:
     image that is asked of anything. texts, latents: their rows in the tables of a group.
     """
 
-    def __init__(self, scorer, id: int, captions: Sequence[str], images: Sequence[Hashable], chosen: tuple[str, ...] = ()):
+    def __init__(self, scorer, id: int, captions: Sequence[str], images: Sequence[Hashable], chosen=(), corrected=False):
         (self.said, self.c), (self.images, self.i) = _distinct(captions), _distinct(images)
-        self.id, self.corrected = id, scorer.correction == "unconditional"
+        self.id, self.corrected = id, corrected
         self.race = Race(len(self.said), len(self.images), scorer.steps, chosen, scorer.stop)
-        self.said += [""] * self.corrected
+        self.said += [""] * corrected
 
     def begin(self, texts: dict[str, int], latents: dict[Hashable, int]) -> None:
         self.texts, self.latents = np.array([texts[c] for c in self.said]), np.array([latents[i] for i in self.images])
@@ -59,7 +60,10 @@ class _Question:
         self.race.x[first : first + len(terms)] = x[:, :-1] - x[:, -1:] if self.corrected else x
 
     def scores(self) -> np.ndarray:
-        return self.race.scores()[np.ix_(self.c, self.i)]
+        return self.race.scores()[self.c][:, self.i]
+
+    def terms(self) -> np.ndarray:
+        return self.race.x[:, self.c][:, :, self.i]
 
 
 class DiffusionScorer:
@@ -96,18 +100,21 @@ class DiffusionScorer:
         if not bool(self.weights[slice(*self.span)].isfinite().all()):
             raise ValueError(f"weighting: {weighting!r} has no bound in the band, where this teacher leaves no signal")
         self.teacher, self.steps, self.stop, self.batch, self.seed = teacher, steps, stop, batch, seed
-        self.weighting, self.correction = weighting, correction
+        self.weighting, self.corrected = weighting, correction == "unconditional"
         self.passes = 0  # pairs and draws that the UNet was asked for
         self._order = np.array(spread(steps))
-        self._kept: OrderedDict[tuple[ImageRef, str], torch.Tensor] = OrderedDict()
+        self._digests: dict[str, str] = {}
 
     @property
     def settings(self) -> dict:
-        """What scores depend on."""
+        """What scores depend on; the teacher by digests of its parts' weights."""
+        teacher, parts = self.teacher, ("unet", "vae", "text_encoder")
+        self._digests = self._digests or {part: weights_digest(getattr(teacher, part)) for part in parts}
         return {
             "steps": self.steps, "timesteps": list(self.span), "weighting": self.weighting, "stop": self.stop,
-            "log_snr": list(level_range(self.teacher.alphas_cumprod, *self.span)), "correction": self.correction,
-            "seed": self.seed, "dtype": str(self.teacher.dtype), "prediction_type": self.teacher.prediction_type,
+            "log_snr": list(level_range(teacher.alphas_cumprod, *self.span)), "seed": self.seed,
+            "correction": CORRECTIONS[self.corrected], "dtype": str(teacher.dtype).removeprefix("torch."),
+            "prediction_type": teacher.prediction_type, "teacher": self._digests,
         }  # fmt: skip
 
     def score(self, images: Sequence[ImageRef], captions: Sequence[str]) -> np.ndarray:
@@ -117,16 +124,23 @@ class DiffusionScorer:
         """
         width = GROUP * self.batch
         parts = [captions[k : k + width] for k in range(0, len(captions), width)]
-        found = self._scores((_Question(self, 0, part, [ref]) for ref in images for part in parts), self._encoded)
-        return np.concatenate(list(found)).reshape(len(images), len(captions)).T
+        asked = (_Question(self, 0, part, [ref], corrected=self.corrected) for ref in images for part in parts)
+        found = [q.scores() for q in self._answered(asked, self._encoded)]
+        return np.concatenate(found).reshape(len(images), len(captions)).T
 
     def score_items(self, items: Sequence[Item]) -> list[np.ndarray]:
         """Score the pairs of each item, with draws that come from its id. Shapes: -> float64 [captions, images] each.
 
         `item.chosen` says which choices have to come out right if `stop` drops candidates; what those score: `Race.scores`.
         """
-        asked = (_Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen) for item in items)
-        return list(self._scores(asked, self._encoded))
+        return [q.scores() for q in self._answered(self._questions(items), self._encoded)]
+
+    def terms(self, items: Sequence[Item]) -> list[np.ndarray]:
+        """The terms of `score_items`' means, in the order in which the draws are made: NaN after a pair's last one.
+
+        Shapes: -> float64 [steps, captions, images] each.
+        """
+        return [q.terms() for q in self._answered(self._questions(items), self._encoded)]
 
     def score_latents(self, latents: torch.Tensor, captions: Sequence[Sequence[str]], ids: torch.Tensor) -> np.ndarray:
         """Score latents in place of images, by all draws: what a student's h_w(f(x)) says to the teacher.
@@ -139,19 +153,20 @@ class DiffusionScorer:
             raise ValueError(f"latents: shape {(n, 'I', *shape)} expected for {len(ids)} ids, got {tuple(latents.shape)}")
         flat = latents.flatten(0, 1)
         asked = (_Question(self, i, captions[k], range(k * count, (k + 1) * count)) for k, i in enumerate(ids.tolist()))
-        return np.stack(list(self._scores(asked, lambda rows: flat[rows].to(self.teacher.device, torch.float32))))
+        answered = self._answered(asked, lambda rows: flat[rows].to(self.teacher.device, torch.float32))
+        return np.stack([q.scores() for q in answered])
 
     def forecast(self, suite: Suite) -> str:
         """How many passes of the UNet a suite takes, and about how long, from two timed calls."""
         pairs = images = 0
-        for part in getattr(suite, "parts", [suite]):
+        for part in suite.parts if isinstance(suite, Composed) else [suite]:
             if part.gallery:
                 pairs += len(part.items) * sum(map(len, part.texts))
-                images += len(part.items)
+                images += len(part.items) * -(-sum(map(len, part.texts)) // isqrt(PAIRS))  # of each block of texts
             else:
                 pairs += sum(len(item.captions) * len(item.images) for item in part.items)
                 images += sum(len(item.images) for item in part.items)
-        passes = self.steps * (pairs + images * (self.correction == "unconditional"))
+        passes = self.steps * (pairs + images * self.corrected)
         z, text = torch.zeros(1, *self.teacher.latent_shape, device=self.teacher.device), self.teacher.embed([""])
         one = np.zeros(self.batch, np.int64)
         for _ in range(2):  # the first one warms up
@@ -162,10 +177,12 @@ class DiffusionScorer:
         about = clock(passes / self.batch * took)
         return f"{suite.name}: {least}{passes:,} passes of the UNet, about {least}{about} on {self.teacher.device}"
 
-    def _scores(
-        self, asked: Iterable[_Question], latents: Callable[[list], torch.Tensor]
-    ) -> Iterator[np.ndarray]:
-        """The scores of each question. latents: names -> [n, C, h, w]."""
+    def _questions(self, items: Sequence[Item]) -> Iterator[_Question]:
+        for item in items:
+            yield _Question(self, digest(item.id.encode()), item.captions, item.images, item.chosen, self.corrected)
+
+    def _answered(self, asked: Iterable[_Question], latents: Callable[[list], torch.Tensor]) -> Iterator[_Question]:
+        """The questions, their races run. latents: names -> [n, C, h, w]."""
         for group in self._groups(asked):
             texts = _numbered(c for q in group for c in q.said)
             images = _numbered(i for q in group for i in q.images)
@@ -173,7 +190,7 @@ class DiffusionScorer:
             for q in group:
                 q.begin(texts, images)
             run([q.race for q in group], lambda first, last: self._fill(group, z, text, first, last))  # noqa: B023
-            yield from (q.scores() for q in group)
+            yield from group
 
     def _fill(self, group: list[_Question], z: torch.Tensor, text: torch.Tensor, first: int, last: int) -> None:
         """Ask the draws first, ... last - 1 of all pairs that need them."""
@@ -212,17 +229,8 @@ class DiffusionScorer:
             yield group
 
     def _encoded(self, images: list[ImageRef]) -> torch.Tensor:
-        """Latents of images, one after another, so that none depends on the others; the last ones asked for are kept."""
-        found = []
-        for ref in images:
-            key = ref, ref.where  # a name is its own in one file only
-            if key not in self._kept:
-                self._kept[key] = self.teacher.encode(pixels(ref, self.teacher.image_size)[None])[0]
-            self._kept.move_to_end(key)
-            found.append(self._kept[key])
-        while len(self._kept) > LATENTS:
-            self._kept.popitem(last=False)
-        return torch.stack(found)
+        """Latents of images, one after another: none depends on the others. Shapes: -> fp32 [n, C, h, w]."""
+        return torch.cat([self.teacher.encode(pixels(ref, self.teacher.image_size)[None]) for ref in images])
 
 
 def diffusion_scores(

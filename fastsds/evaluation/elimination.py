@@ -10,7 +10,8 @@ if draws are exchangeable and d normal, under a flat prior of its mean and log s
 mean d + s sqrt(1/n + 1/(N-n)) T_{n-1}). So the bound is about agreeing with all N draws, not about the truth, and closes
 at n = N. A candidate is dropped where p < risk / (looks (candidates - 1)), so that a choice ends otherwise than with all
 draws with probability at most `risk`. Looks are taken at n = 4, 8, 16, ...: stages as in Diffusion Classifier (arXiv
-2303.16203, section 3.3, algorithm 2), which keeps a fixed number of classes in each, whatever the differences are.
+2303.16203), whose code keeps a fixed number in each, whatever the differences are: 500, 50, 10 and 1 of ImageNet's classes
+after 50, 100, 500 and 1000 draws.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,8 @@ def scorer(asked: Namespace, model: str | None, device: torch.device):
     if ":" in asked.scorer:
         return own(asked.scorer, model)
     batch, workers = asked.batch or BATCH, WORKERS if asked.workers is None else asked.workers
-    return ClipScorer(student(model, device), model, AUTOCAST[asked.precision], batch, workers)
+    name = os.path.normpath(model) if Path(model).is_dir() else model
+    return ClipScorer(student(model, device), name, AUTOCAST[asked.precision], batch, workers)
 
 
 def student(text: str, device: torch.device) -> Student:

@@ -136,15 +136,14 @@ class Suite:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """A digest of what is asked, equal wherever the images lie: names of files without folders, boxes, texts, metrics."""
+        """A digest of what is asked: ids, texts, boxes, kinds, metrics. Equal wherever the images lie, in any format."""
         found = hashlib.blake2b(digest_size=16)
         for row in (self.name, list(self.measures), *self._asked()):
             found.update(repr(row).encode())
         return found.hexdigest()
 
     def _asked(self) -> list:
-        refs = [[(Path(ref.name).name, ref.box) for ref in item.images] for item in self.items]
-        return [(item.id, of, item.captions, item.about) for item, of in zip(self.items, refs, strict=True)]
+        return [(item.id, [ref.box for ref in item.images], item.captions, item.about) for item in self.items]
 
     @property
     def summary(self) -> dict[str, int]:
@@ -326,8 +325,8 @@ def suite_names() -> list[str]:
 def options_of(name: str) -> dict[str, type]:
     """The options of a suite and their types: those of its loader, and `items`. Raises: ConfigError for an unknown suite."""
     if name not in (names := suite_names()):
-        near = difflib.get_close_matches(name, names, 1)
-        raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}" + f"; nearest: {near[0]}" * bool(near))
+        near = "".join(f"; nearest: {one}" for one in difflib.get_close_matches(name, names, 1))
+        raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}{near}")
     own = list(inspect.signature(LOADERS[name]).parameters.values())[name not in MADE :]
     return {option.name: option.annotation for option in own} | {"items": int}
 
