@@ -44,6 +44,9 @@ def file(tmp_path):
     ("seeds: 2", "zero_shot_bound: -1", "zero_shot_bound is -1.0; expected at least 0, in points"),
     ("seeds: 2", "seeds: 2\nseeds: 3", "line 3: the key 'seeds' is written twice"),
     ("data.samples: 32, ", "", "arms.banked: a bank needs a data set that ends; expected data.samples"),
+    ("label: L_CLIP + L_SDS", "label: L_CLIP", "arms.sds.label is the text 'L_CLIP'; expected another than clip's"),
+    ("loss.lambda: 0", "seed: 3", "arms.clip.sets.seed is 3; expected none: it is what `seeds` says"),
+    ("sets: {steps", "sets: {output: there, steps", "sets.output is the text 'there'; expected none: it is what `output` says"),
     ("seeds: 2", "recipe: no.yaml", "no.yaml: no such recipe file"),
 ])  # fmt: skip
 def test_a_mistake_in_the_file_names_file_key_and_what_was_expected(old, new, expected, file):
@@ -219,6 +222,8 @@ def test_fewer_seeds_and_some_arms_are_part_of_the_whole(tmp_path):
     assert all(job.fingerprint() == found[job.folder].fingerprint() for job in alone.jobs)  # its start keeps its place
     with pytest.raises(ConfigError, match="--seeds is 0"):
         load(find("spine"), tmp_path, seeds=0)
+    with pytest.raises(ConfigError, match="--set seed=3: expected --seeds"):
+        load(find("spine"), tmp_path, ["seed=3"])
     for only, words in ((["clop"], "'clop' is not one of clip"), (["clip_same_wall_time", "clip"], "name sds, too")):
         with pytest.raises(ConfigError, match=words):
             load(find("spine"), tmp_path, only=only)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastsds import figures, jobs, tables
 from fastsds.config import ConfigError
+from fastsds.engine import device
 from fastsds.jobs import Job
 from fastsds.progress import clock
 from fastsds.provenance import provenance
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     look(made)
     if asked.dry_run:
         print("\n".join(overview(made)))
-    if absent := files.missing(experiment):
+    if any(job.results is None for job in made.jobs) and (absent := files.missing(experiment)):
         raise ConfigError("before this can run:" + "".join(f"\n  {line}" for line in absent))
     if asked.dry_run:
         return 0
@@ -65,7 +66,7 @@ def places() -> list[dict[str, str]]:
     """Where commands run at a time: one on each GPU, or two on the CPU, a thread each."""
     import torch
 
-    if not torch.cuda.is_available():
+    if device().type == "cpu":
         return list(jobs.PLACES)
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name for name in seen.split(",") if name] or [str(k) for k in range(torch.cuda.device_count())]

@@ -20,6 +20,7 @@ from fastsds.strict import merge, nearest, read_yaml, show
 SHIPPED = CONFIGS / "reproduce"
 ALL = "all"
 START = "pretrained"  # what every arm of a backbone starts from
+OWN = {"seed": "seeds", "output": "output"}  # keys of a recipe that the file has for itself
 PATHS = ("images", "classes", "templates")  # options of suites that are relative to the file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*$")
 
@@ -174,6 +175,9 @@ def load(
     _check(file, said)
     if seeds is not None and seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; expected at least 1")
+    for override in overrides:
+        if (key := override.partition("=")[0].strip()) in OWN:
+            raise ConfigError(f"--set {override}: expected --{OWN[key]}, which is of all runs")
     said = replace(_only(said, only), seeds=seeds or said.seeds)
     experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
     for backbone, pairs, arm in trained(said):
@@ -260,6 +264,9 @@ def _check(file: Path, said: Reproduction) -> None:
         for name in names:
             if not NAME.match(name) or name == START:
                 raise wrong(f"{key}: the name", name, f"letters, digits, _ . + -, as a folder has; not {START}")
+    labels = [arm.label or name for name, arm in said.arms.items()]
+    if twice := [name for name, label in zip(said.arms, labels, strict=True) if labels.count(label) > 1]:
+        raise wrong(f"arms.{twice[-1]}.label", said.arms[twice[-1]].label, f"another than {twice[0]}'s")
     for name, arm in said.arms.items():
         for key, others in (("against", arm.against), ("same_time_as", (arm.same_time_as,) if arm.same_time_as else ())):
             for other in others:
@@ -271,11 +278,21 @@ def _check(file: Path, said: Reproduction) -> None:
             raise wrong(f"arms.{name}.same_time_as", arm.same_time_as, "an arm that trains for steps of its own")
         if arm.same_time_as and twin(said, name) is None:
             raise wrong(f"arms.{name}.sets", arm.sets, "those of another arm, by whose speed its time is reckoned in steps")
+    for where, sets in _sets(said).items():
+        for key, instead in OWN.items():
+            if key in sets:
+                raise wrong(f"{where}.{key}", sets[key], f"none: it is what `{instead}` says")
     for of in (said.backbones, said.arms):
         for name, section in of.items():
             if section.pretrain and not any("{folder}" in word for word in section.pretrain):
                 where = f"{'backbones' if of is said.backbones else 'arms'}.{name}.pretrain"
                 raise wrong(where, section.pretrain, "a command with {folder}, where it leaves student/, and {seed}")
+
+
+def _sets(said: Reproduction) -> dict[str, dict]:
+    """All `sets` of a file, by where they are."""
+    kinds = {"backbones": said.backbones, "arms": said.arms}
+    return {"sets": said.sets} | {f"{key}.{n}.sets": section.sets for key, of in kinds.items() for n, section in of.items()}
 
 
 def _only(said: Reproduction, only: Sequence[str]) -> Reproduction:

@@ -142,7 +142,9 @@ def banking(folder: Path, recipe: Recipe) -> Job:
     """A bank. One that was cut off goes on."""
     argv = [sys.executable, "-m", "fastsds.cli", "bank", "build", "--recipe", str(folder / RECIPE)]
     key = {"bank": bank_settings(recipe), "weights": comparison.weights()}
-    said = f"bank of {recipe.bank.draws} target(s) for {recipe.data.samples or 'all'} samples"
+    loss = recipe.loss
+    noise = f"t in {list(loss.t)} T" if loss.t else f"log SNR in {[edge + loss.shift for edge in loss.log_snr]}"
+    said = f"bank {folder.name} (K = {recipe.bank.draws}, {noise}, {recipe.data.samples or 'all'} samples)"
     return Job(said, folder, lambda: argv, key=key, files=_recipe(recipe), go_on=list)
 
 

@@ -16,6 +16,7 @@ from fastsds.evaluation.compare import Difference, difference, same_items
 from fastsds.evaluation.results import Result
 from fastsds.evaluation.statistics import holm, two_level_bootstrap
 from fastsds.evaluation.winoground import CHANCE
+from fastsds.progress import watched
 from fastsds.report import SPLIT_NAMES, Key, Table, claims_table, intervals_table, means, scores_table
 from fastsds.reproduce.experiment import ALL, START, readings
 from fastsds.reproduce.runs import Cell, Plan
@@ -85,15 +86,16 @@ class Findings:
     @cached_property
     def compared(self) -> list[Compared]:
         """Every line and those it is against, by every metric of the headline and the claims."""
-        found = []
         claims = [(suite, metric) for suite, asked in self.said.evaluation.items() for metric in asked.claims]
-        for line in self.lines:
-            for arm in self.said.arms[line.arm].against if line.arm in self.said.arms else ():
-                for key in dict.fromkeys([*self.headline, *claims]):
-                    if key[1] in self.result(self.cells[line][0], key[0]).measures:
-                        of = [Cell(*line[:2], arm, c.seed) if arm != START else self.plan.starts[c] for c in self.cells[line]]
-                        other = Line(*of[0][:3])
-                        found.append(Compared(line, other, key, self._difference(self.cells[line], of, key), None))
+        keys = [key for key in dict.fromkeys([*self.headline, *claims]) if key[1] in self._any(key[0]).measures]
+        asked = [
+            (line, arm, key) for line in self.lines if line.arm in self.said.arms
+            for arm in self.said.arms[line.arm].against for key in keys
+        ]  # fmt: skip
+        found = []
+        for line, arm, key in watched(asked, "comparing"):
+            of = [self.plan.starts[c] if arm == START else c._replace(arm=arm) for c in self.cells[line]]
+            found.append(Compared(line, Line(*of[0][:3]), key, self._difference(self.cells[line], of, key), None))
         family = [k for k, one in enumerate(found) if one.key in claims]
         for k, adjusted in zip(family, holm([found[k].difference.p for k in family]), strict=True):
             found[k] = found[k]._replace(p_holm=adjusted)
