@@ -390,7 +390,7 @@ def test_a_wrong_weight_fails_the_export_and_nothing_is_left(students, tmp_path,
         return model, processor
 
     monkeypatch.setattr(hf, "to_transformers", wrong)
-    assert command(students("quick_gelu"), "hf", tmp_path / "out") == 2
+    assert command(students("quick_gelu"), "hf", tmp_path / "folders" / "of its" / "out") == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and "differs from the student's by" in error[0]
     assert not list(tmp_path.iterdir())

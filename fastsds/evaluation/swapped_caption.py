@@ -6,8 +6,8 @@ A caption is read as  ... A link B ...  at the first of its links, a word or two
     symmetric    and, next to, beside, with     their modifiers do, because  "a red cat and a dog"  ->  "a cat and a red dog"
                                                 B and A are the same scene
 
-A noun phrase has four words at most and is no pronoun. It begins after a lead-in ("there is", "a photo of"), a link, a verb or a
-stop, and ends before the next; it has an article or number where the link is symmetric or follows another. Modifiers stand
+A noun phrase has four words at most and is no pronoun. It begins after a lead-in ("there is", "a photo of"), a link, a verb or
+a stop, and ends before the next; it has an article or number where the link is symmetric or follows another. Modifiers stand
 between article and last word. An auxiliary and a verb before a link belong to it ("is sitting on"). All else stays where it
 is. There is no dictionary: a verb is what ends in -ing, and a few words more.
 """
