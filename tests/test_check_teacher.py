@@ -261,7 +261,7 @@ def test_errors_of_x0_are_those_of_the_teachers_own_targets(untrained, tmp_path)
 
 @pytest.mark.slow
 def test_the_embedded_teacher_is_a_go_in_the_range_that_training_works_in(tmp_path, capfd):
-    """High noise: where docs/results/bank trains and docs/results/check_teacher points; low noise has little to teach."""
+    """High noise: where docs/results/bank and docs/results/check_teacher train; low noise has little to teach."""
     out, found = tmp_path / "rows.jsonl", tmp_path / "found.json"
     sets = ["head.init=ridge", "head.samples=512", f"output={tmp_path / 'run'}"]
     assert run(None, "--pairs", 48, "--draws", 1, "--out", out, "--json", found, sets=sets) == 0
