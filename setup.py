@@ -39,7 +39,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["fastsds", "fastsds.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={name: data_files(name) for name in ("fastsds.world", "fastsds.configs")},
+    package_data={name: data_files(name) for name in ("fastsds.world", "fastsds.configs", "fastsds.evaluation.suites")},
     entry_points={"console_scripts": ["fastsds=fastsds.cli:main"]},
     install_requires=[
         "torch>=2.11,<3",

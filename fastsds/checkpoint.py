@@ -31,7 +31,7 @@ FREE = (
     "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
     "data.workers", "data.cache", "data.max_skipped", "bank.path", "student.checkpoint", "student.compile",
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
-    "teacher.checkpoint", "eval.suite", "eval.every", "eval.items",
+    "teacher.checkpoint", "eval.suite", "eval.data", "eval.every", "eval.items",
 )  # fmt: skip
 PLACES = ("data.source", "data.images")  # free, too, where the data themselves can be compared
 _NAME = re.compile(r"step_(\d{8,})$")

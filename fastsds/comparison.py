@@ -1,7 +1,6 @@
 """What a comparison of arms rests on: each saved student's outcomes on the test items, and their paired differences."""
 
 import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,9 +8,13 @@ import numpy as np
 import torch
 
 from fastsds import report, world
-from fastsds.evaluation import world_suite
 from fastsds.evaluation.diffusion_score import diffusion_scores
+from fastsds.evaluation.results import load_result
+from fastsds.evaluation.run import evaluate
+from fastsds.evaluation.scorer import ClipScorer
 from fastsds.evaluation.statistics import holm, mcnemar, two_level_bootstrap
+from fastsds.evaluation.suite import load_suite
+from fastsds.evaluation.suites import world as world_suite
 from fastsds.evaluation.winoground import winoground
 from fastsds.metrics import read
 from fastsds.student import load_student
@@ -21,21 +24,16 @@ READING = {"items": 50, "draws": 4}  # what the teacher reads of h_w(f(x)): item
 
 
 def splits() -> tuple[str, str]:
-    return world_suite.splits(SUITE)
+    return world_suite.SUITES[SUITE]
 
 
 def assess(student: Path | str, folder: Path, items: int, teacher: str, of_images: bool = False) -> dict:
-    """Evaluate a saved student on the test suite: metrics in percent; outcomes go to items.jsonl and retrieval.json.
+    """Evaluate a saved student on the test suite: metrics in percent; the evaluation goes to the folder.
 
     of_images: also the text score of what the teacher reads of the images themselves.
     """
     model = load_student(student).eval()
-    encode = world_suite.encoder(model, model.tokenize)
-    metrics, rows = world_suite.evaluate(encode, SUITE, items)
-    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = {split: world_suite.retrieve(encode, SUITE, split).tolist() for split in splits()}
-    (folder / "retrieval.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-    own = {}
+    metrics, own = dict(evaluate(load_suite(SUITE, items=items), ClipScorer(model), folder).metrics), {}
     for split in splits():
         part = world_suite.first_of_each_kind(world_suite.swaps(SUITE, split, items), min(items, READING["items"]))
         if model.head is not None:
@@ -49,12 +47,8 @@ def assess(student: Path | str, folder: Path, items: int, teacher: str, of_image
 
 def outcomes(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     """Each item's outcome in percent, by (split, metric), in a fixed order: what comparisons pair."""
-    rows, result = _rows(folder), {}
-    found = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
-    for split in splits():
-        result |= {(split, name): values for name, values in world_suite.outcomes(rows, split).items()}
-        result[split, "retrieval"] = 100.0 * np.array(found[split])
-    return result
+    result = load_result(folder)
+    return {tuple(name.split("/")): result.values(name) for name in result.measures}
 
 
 def compare(of: str, a: list[dict], b: list[dict], metrics, tested=()) -> list[dict]:
@@ -85,10 +79,11 @@ def training_seconds(path: Path, images_a_step: int) -> float:
     return sum((row["step"] - at) * images_a_step / row["images_per_s"] for row, at in zip(rows, before, strict=False))
 
 
-def choices(folder: Path) -> dict[int, tuple[bool, bool]]:
+def choices(folder: Path) -> dict[str, tuple[bool, bool]]:
     """Whether image 0 and image 1 got their own captions, by held-out item."""
-    rows = [row for row in _rows(folder) if row["split"] == splits()[1]]
-    return {row["id"]: (row["s00"] > row["s10"], row["s11"] > row["s01"]) for row in rows}
+    rows = [row for row in load_result(folder).rows if row["about"]["split"] == splits()[1] and "scores" in row]
+    scores = {row["id"]: row["scores"] for row in rows}
+    return {item: (s[0][0] > s[1][0], s[1][1] > s[0][1]) for item, s in scores.items()}
 
 
 def shown(student: Path, items: int, each: int, teacher: str) -> list[dict]:
@@ -98,7 +93,8 @@ def shown(student: Path, items: int, each: int, teacher: str) -> list[dict]:
     decoded = [None] * len(part)
     if model.head is not None:
         decoded = load_teacher(teacher).decode(_latents(model, part).flatten(0, 1)).unflatten(0, (-1, 2)).numpy()
-    ids = [whole.kind.index(kind) + n for kind in dict.fromkeys(whole.kind) for n in range(part.kind.count(kind))]
+    first = {kind: whole.kind.index(kind) for kind in dict.fromkeys(whole.kind)}
+    ids = [f"{whole.split}/{k + n}" for kind, k in first.items() for n in range(part.kind.count(kind))]
     cells = zip(ids, part.kind, part.captions, part.pixels.numpy(), decoded, strict=True)
     return [dict(zip(("id", "kind", "captions", "images", "decoded"), cell, strict=True)) for cell in cells]
 
@@ -131,7 +127,3 @@ def load_teacher(path: str):
 @torch.no_grad()
 def _latents(model, items) -> torch.Tensor:
     return model(items.pixels.flatten(0, 1)).z.unflatten(0, (-1, 2))
-
-
-def _rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -120,9 +120,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    suite: Literal["world_dev", "world_test", "none"] = "world_dev"
+    suite: str = "world_dev"            # a suite's name, or "none"
+    data: str | None = None             # where it lies; null: the world's are made
     every: int = 200                    # 0: only at the start and at the end
-    items: int = 300
+    items: int | None = None            # the first ones alone; null: all
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,14 @@ for _keys, _test, _text in (
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
-    ("output student.model teacher.path teacher.attention bank.path data.source data.split data.cache log.wandb",
+    ("output student.model teacher.path teacher.attention bank.path data.source data.split data.cache log.wandb "
+     "eval.suite eval.data",
      lambda v: bool(v.strip()), "a text that is not empty"),
 ):
     _RANGES.update(dict.fromkeys(_keys.split(), (_test, _text)))
 
-_ALWAYS_PATHS = ("teacher.path", "bank.path", "data.source", "data.images", "data.cache")        # unless "world"
+_ALWAYS_PATHS = ("teacher.path", "bank.path", "data.source", "data.images", "data.cache",
+                 "eval.data")        # unless "world"
 _SOMETIMES_PATHS = ("student.model", "student.pretrained")            # a name, or a folder or file
 
 

@@ -74,7 +74,8 @@ def evaluations(path: Path, runs: list[Run]) -> Path | None:
                 label = f"{run.name}, {split}"
                 axes.plot(steps, means, linestyle=style, marker=".", color=f"C{number}", label=label, linewidth=1)
                 axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
-        if (chance := CHANCE.get(metric.partition("_")[0])) is not None:
+        known = {s.chance for of in scores for row in of.values() for key, s in row.items() if key.rpartition("/")[2] == metric}
+        for chance in known - {None}:
             axes.axhline(chance, color="0.7", linewidth=0.8)
         axes.set(title=metric, xlabel="step", ylabel="%")
     return _save(figure, panels, path)

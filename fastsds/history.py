@@ -9,21 +9,22 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsds.config import ConfigError
-from fastsds.evaluation import world_suite
+from fastsds.evaluation.results import RESULT, Result, load_result
 from fastsds.evaluation.statistics import RESAMPLES, paired_bootstrap
-from fastsds.metrics import read
+from fastsds.metrics import evaluation_folder, read
 
 ROW = {"split", "step"}
 BAND = re.compile(r"(residual|weighted)/(-?[\d.]+)_(-?[\d.]+)$")
 
 
 class Score(NamedTuple):
-    """A metric in percent, its 95 % bootstrap interval over n items; low and high are None where items were not kept."""
+    """A metric in percent, its 95 % bootstrap interval over n items, and chance; all but the value None without the items."""
 
     value: float
-    low: float | None
-    high: float | None
-    n: int | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    chance: float | None = None
 
 
 @dataclass
@@ -53,29 +54,22 @@ class Run:
         return rows
 
     def scores(self, row: dict, resamples: int = RESAMPLES) -> dict[str, Score]:
-        """The metrics of an evaluation, "<split>/<name>"."""
-        outcomes = self.outcomes(row)
-        found = {}
+        """The metrics of an evaluation, by name; those of one kind of items (NAME=VALUE) are left to its folder."""
+        result, found = self.result(row), {}
         for key, value in row.items():
-            if not isinstance(value, float):
+            if not isinstance(value, float) or "=" in key:
                 continue
-            if (of := outcomes.get(key)) is not None:
-                _, low, high = paired_bootstrap(of, np.zeros(len(of)), resamples)
-                found[key] = Score(value, low, high, len(of))
-            else:
-                known = row["suite"] in world_suite.SUITES and key.endswith("/retrieval")
-                found[key] = Score(value, None, None, world_suite.PAIRS if known else None)
+            found[key] = Score(value)
+            if result is not None:
+                values = result.values(key)
+                _, low, high = paired_bootstrap(values, np.zeros(len(values)), resamples)
+                found[key] = Score(value, low, high, len(values), result.measures[key].chance)
         return found
 
-    def outcomes(self, row: dict) -> dict[str, np.ndarray]:
-        """Each item's outcome in percent, by "<split>/<name>", from the items kept beside an evaluation; {} without."""
-        path = self.folder / f"items_{row['step']}.jsonl"
-        if row["suite"] not in world_suite.SUITES or not path.is_file():
-            return {}
-        items, found = read(path), {}
-        for split in dict.fromkeys(item["split"] for item in items):
-            found |= {f"{split}/{name}": values for name, values in world_suite.outcomes(items, split).items()}
-        return found
+    def result(self, row: dict) -> Result | None:
+        """An evaluation with its items, or None where they are not there."""
+        folder = evaluation_folder(self.folder, row["step"])
+        return load_result(folder) if (folder / RESULT).is_file() else None
 
 
 def read_runs(folders: list[str | Path]) -> list[Run]:

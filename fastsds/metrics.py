@@ -1,4 +1,4 @@
-"""What a run tells about itself: its recipe, metrics.jsonl, per-item outcomes, one status line, and what a dry run prints.
+"""What a run tells about itself: its recipe, metrics.jsonl, its evaluations, one status line, and what a dry run prints.
 
 Rows also go to TensorBoard and Weights & Biases where the recipe's `log` asks for it; neither is imported otherwise.
 """
@@ -54,13 +54,13 @@ class Metrics:
         parts = "  ".join(f"{k} {values[k]:.4g}" for k in ("loss", "clip", "sds", "lambda", "rho", "cosine") if k in values)
         self.say(f"step {step}/{self.steps}  {parts}  {rate:.0f} images/s  left {clock(left)}", step == self.steps)
 
-    def evaluation(self, step: int, suite: str, values: dict[str, float], items: list[dict]) -> None:
-        """One evaluation row, and items_STEP.jsonl beside it."""
-        self.row(split="eval", step=step, suite=suite, **values)
+    def evaluation(self, step: int, result) -> None:
+        """One evaluation row, and the whole result in a folder of its own."""
         if not self.silent:
-            text = "".join(json.dumps(item) + "\n" for item in items)
-            (self.path.parent / f"items_{step}.jsonl").write_text(text, encoding="utf-8")
-            self.note(f"step {step}/{self.steps}  {suite}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            result.save(evaluation_folder(self.path.parent, step))
+            self.row(split="eval", step=step, suite=result.suite, **result.metrics)
+            said = "  ".join(f"{name} {result.metrics[name]:.4g}" for name in result.headline)
+            self.note(f"step {step}/{self.steps}  {result.suite}: {said}")
 
     @contextmanager
     def pause(self):
@@ -88,6 +88,11 @@ class Metrics:
                 print(file=sys.stderr)
                 self.width = 0
             print(text, file=sys.stderr, flush=True)
+
+
+def evaluation_folder(output: Path, step: int) -> Path:
+    """Where a run keeps its evaluation after a step."""
+    return Path(output) / "evaluations" / f"step_{step:08d}"
 
 
 def counts(student, trained: list[str]) -> str:

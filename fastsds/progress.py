@@ -44,7 +44,8 @@ def watched(items: Iterable, text: str) -> Iterator:
     of = f" of {len(items):,}" if hasattr(items, "__len__") else ""
     for k, item in enumerate(items):
         if first and time.monotonic() - began > EVERY:
-            line.say(f"{text}: {k:,}{of}")
+            left = (len(items) - k) * (time.monotonic() - began) / k if of and k else None
+            line.say(f"{text}: {k:,}{of}" + ("" if left is None else f", left {clock(left)}"))
         yield item
     line.end()
 

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
         checkpoint.put_weights(saved, student, trained)
-    evaluate = make_evaluation(recipe, student)
+    evaluate = make_evaluation(recipe)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
         if rank == 0:
@@ -254,24 +254,20 @@ class Interrupt:
         self.asked = True
 
 
-def make_evaluation(recipe: Recipe, student):
-    """A function of (engine, step, metrics) that runs the recipe's suite. Every rank encodes: ZeRO-3 needs them all."""
-    suite, items = recipe.eval.suite, recipe.eval.items
-    if suite == "none":
+def make_evaluation(recipe: Recipe):
+    """A function of (engine, step, metrics) that asks the recipe's suite. Every rank calls it: ZeRO-3 needs them all."""
+    asked = recipe.eval
+    if asked.suite == "none":
         return lambda engine, step, metrics: None
-    from fastsds.evaluation import world_suite
-    from fastsds.world.scenes import SIZE
+    from fastsds.evaluation.run import evaluate
+    from fastsds.evaluation.scorer import ClipScorer
+    from fastsds.evaluation.suite import load_suite
 
-    if student.image_size != SIZE:
-        size = student.image_size
-        raise ConfigError(f"eval.suite {suite} has {SIZE}x{SIZE} images, this student takes {size}x{size}: expected none")
-
-    def evaluate(engine, step: int, metrics: Metrics) -> None:
-        encode = world_suite.encoder(engine, student.tokenize, engine.device)
-        values, rows = world_suite.evaluate(encode, suite, items)
-        metrics.evaluation(step, suite, values, rows)
-
-    return evaluate
+    try:
+        suite = load_suite(asked.suite, asked.data, asked.items)
+    except ConfigError as error:
+        raise ConfigError(f"eval.suite, eval.data: {error}") from error
+    return lambda engine, step, metrics: metrics.evaluation(step, evaluate(suite, ClipScorer(engine)))
 
 
 def main(argv: list[str] | None = None) -> int:

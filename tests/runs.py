@@ -67,6 +67,14 @@ def losses(output: Path, key: str = "loss") -> list[float]:
     return [row[key] for row in rows(output)]
 
 
+def evaluation(output: Path, step: int):
+    """The evaluation that a run made after a step."""
+    from fastsds.evaluation.results import load_result
+    from fastsds.metrics import evaluation_folder
+
+    return load_result(evaluation_folder(output, step))
+
+
 def relative(a: list[float], b: list[float]) -> float:
     """max |a - b| / max |b|."""
     assert len(a) == len(b), (len(a), len(b))

@@ -2,10 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+import released
 import runs
 import torch
 from safetensors.torch import load_file
+
+from fastsds.evaluation.run import evaluate
+from fastsds.evaluation.scorer import ClipScorer
+from fastsds.evaluation.suite import load_suite
+from fastsds.student import load_student
 
 STAGES = (0, 1, 2, 3)
 EQUAL = 1e-5  # over 20 steps: the order of summation is all that differs
@@ -28,10 +35,20 @@ def banked(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(base, banked, tmp_path_factory):
+def evaluated(base, tmp_path_factory):
+    """Arguments of runs that evaluate before the first step and after each of two: of the world, and of files."""
+    path = tmp_path_factory.mktemp("winoground")
+    released.write("winoground", path, 25)
+    of = {"world": ("eval.suite=world_dev", "eval.items=4"),
+          "files": ("eval.suite=winoground", f"eval.data={path}", "eval.items=20")}  # fmt: skip
+    return {f"evaluated {name}": [*base, *runs.sets(*EVALUATED, *sets)] for name, sets in of.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(base, banked, evaluated, tmp_path_factory):
     """Plain torch: one rank with the whole batch."""
     folder = tmp_path_factory.mktemp("plain")
-    plan = {"base": base, "layernorm": [*base, *runs.sets("student.tune=layernorm")]}
+    plan = {**evaluated, "base": base, "layernorm": [*base, *runs.sets("student.tune=layernorm")]}
     plan |= {"auto": [*base, *runs.sets(*AUTO)], "world": runs.sets(*WORLD), "bank": [*base, *runs.sets(*BANK, banked)]}
     for name, argv in plan.items():
         assert runs.train(*argv, "--output", folder / name) == 0
@@ -40,6 +57,9 @@ def plain(base, banked, tmp_path_factory):
 
 AUTO = ("loss.lambda=auto", "loss.sds_every=2", "loss.captions=shuffled", "loss.negatives=swapped", "log_every=2")
 BANK = ("loss.gradient=amortised", "data.samples=96", "bank.draws=2", "bank.refresh_every=3")  # 20 steps: 14 epochs
+EVALUATED = (
+    "loss.lambda=0", "steps=2", "data.batch=8", "eval.every=1", "checkpoint_every=1", "optimizer.lr=0.01", "optimizer.warmup=0",
+)  # fmt: skip
 WORLD = ("steps=2", "log_every=1", "data.batch=8", "eval.items=4")
 BITS = ("optimizer.name=adamw8bit", "steps=6", "checkpoint_every=3")
 HALF = ("precision=bf16", "steps=8", "checkpoint_every=4")
@@ -50,18 +70,31 @@ def stage(n: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(base, plain, banked, tmp_path_factory):
+def tight(tmp_path_factory):
+    """A DeepSpeed file with which every parameter is really partitioned, and gathered where it is used."""
+    file = tmp_path_factory.mktemp("tight") / "tight.json"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    file.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10**9}))
+    return file
+
+
+def at_stages(evaluated, tight):
+    """The runs that evaluate, at ZeRO 0 and 3."""
+    configs = {"z0": stage(0), "z3": ["--config", tight]}
+    return {f"{z} {name}": [*argv, *config] for name, argv in evaluated.items() for z, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def two(base, plain, banked, evaluated, tight, tmp_path_factory):
     """Two ranks, half the micro-batch each: everything in one launch."""
     folder = tmp_path_factory.mktemp("two")
-    tight = folder / "tight.json"  # every parameter is really partitioned, and gathered where it is used
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
-    tight.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10**9}))
     plan = {f"z{n}": [*base, *stage(n)] for n in STAGES}
     plan["tight"] = [*base, "--config", tight]
     plan["tight_layernorm"] = [*base, "--config", tight, *runs.sets("student.tune=layernorm")]
     plan["auto"] = [*base, *stage(3), *runs.sets(*AUTO)]
     plan["bank"] = [*base, *stage(2), *runs.sets(*BANK, banked)]
     plan["world"] = ["--config", tight, *runs.sets(*WORLD)]
+    plan |= at_stages(evaluated, tight)
     for n in STAGES:
         plan[f"bits{n}"] = plan[f"bits{n}_again"] = [*base, *stage(n), *runs.sets(*BITS)]
         plan[f"bits{n}_resumed"] = [*plan[f"bits{n}"], "--resume", runs.at(folder / f"bits{n}", 3)]
@@ -70,10 +103,10 @@ def two(base, plain, banked, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(base, two, tmp_path_factory):
+def one(base, two, evaluated, tight, tmp_path_factory):
     """One rank."""
     folder = tmp_path_factory.mktemp("one")
-    plan = {}
+    plan = at_stages(evaluated, tight)
     for n in STAGES:
         plan[f"z{n}"] = [*base, *stage(n)]
         plan[f"z{n}_resumed"] = [*plan[f"z{n}"], "--resume", runs.at(folder / f"z{n}", 10)]
@@ -137,9 +170,29 @@ def test_the_embedded_world_and_its_evaluation_under_zero3(plain, two):
     assert runs.relative(runs.losses(two["world"]), runs.losses(plain["world"])) < EQUAL
     ours, theirs = (runs.rows(run["world"], "eval") for run in (two, plain))
     assert ours[0] == theirs[0] and [row["step"] for row in ours] == [0, 2]
-    rows = [(run["world"] / "items_2.jsonl").read_text().splitlines() for run in (two, plain)]
-    for a, b in zip(*(map(json.loads, r) for r in rows)):
-        assert a["id"] == b["id"] and abs(a["s00"] - b["s00"]) < 1e-4
+    for a, b in zip(*(runs.evaluation(run["world"], 2).rows for run in (two, plain)), strict=True):
+        assert a["id"] == b["id"] and np.allclose(a.get("scores", 0), b.get("scores", 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("suite", ["world", "files"])
+@pytest.mark.parametrize("engine", ["plain", "one z0", "one z3", "two z0", "two z3"])
+def test_evaluation_during_training_is_evaluation_of_the_saved_student(engine, suite, plain, one, two, evaluated):
+    ranks, _, zero = engine.partition(" ")
+    run = {"plain": plain, "one": one, "two": two}[ranks][f"{zero} evaluated {suite}".strip()]
+    sets = dict(word.split("=", 1) for word in evaluated[f"evaluated {suite}"] if "=" in word)
+    asked = load_suite(sets["eval.suite"], sets.get("eval.data"), int(sets["eval.items"]))
+    rows = {row["step"]: row for row in runs.rows(run, "eval")}
+    assert list(rows) == [0, 1, 2]
+    for step in (1, 2):
+        during = runs.evaluation(run, step)
+        after = evaluate(asked, ClipScorer(load_student(runs.at(run, step) / "student").eval()))
+        assert during.about["fingerprint"] == after.about["fingerprint"]
+        assert during.metrics == after.metrics and during.metrics.items() <= rows[step].items()
+        assert all(np.array_equal(during.outcomes[name], values) for name, values in after.outcomes.items())
+        for a, b in zip(during.rows, after.rows, strict=True):
+            assert a["id"] == b["id"] and np.allclose(a.get("scores", 0), b.get("scores", 0), rtol=0, atol=1e-6)
+    first, last = ([row["scores"] for row in runs.evaluation(run, step).rows if "scores" in row] for step in (0, 2))
+    assert np.abs(np.subtract(first, last)).max() > 1e-2  # else all steps would be one
 
 
 @pytest.mark.parametrize("name", [*(f"z{n}" for n in STAGES), "tight"])

@@ -1,18 +1,19 @@
 """Winoground's inequalities, retrieval, the diffusion score and the world's suite."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from fastsds.config import ConfigError
-from fastsds.data import Samples, SwapItems
-from fastsds.evaluation import world_suite
+from fastsds.data import SwapItems
 from fastsds.evaluation.diffusion_score import diffusion_scores
-from fastsds.evaluation.retrieval import evaluate_retrieval, recall_at_1
-from fastsds.evaluation.winoground import CHANCE, evaluate_swaps, swap_accuracy, winoground
+from fastsds.evaluation.run import evaluate
+from fastsds.evaluation.suite import load_suite, pixels
+from fastsds.evaluation.suites import world
+from fastsds.evaluation.winoground import CHANCE, swap_accuracy, winoground
 from fastsds.teacher import Teacher
 
 
@@ -63,57 +64,13 @@ def test_scores_take_tensors_and_refuse_what_is_no_score():
         swap_accuracy(s)
 
 
-# Features that can be read off: the caption is a number, the image is its first pixel.
-
-
-def angle(values):
-    values = torch.as_tensor(values, dtype=torch.float64) / 256 * math.pi / 2
-    return torch.stack([values.cos(), values.sin()], dim=1)
-
-
-def encode(pixels, captions):
-    assert len(pixels) == len(captions)
-    return angle(pixels[:, 0, 0, 0]), angle([float(c) for c in captions])
+# Items that can be read off: the caption is a number, the image is its first pixel.
 
 
 def numbered(pairs, kinds):
     pixels = torch.zeros(len(pairs), 2, 3, 4, 4, dtype=torch.uint8)
     pixels[:, :, 0, 0, 0] = torch.tensor([p[:2] for p in pairs])
     return SwapItems(pixels, [(str(p[2]), str(p[3])) for p in pairs], kinds, "seen")
-
-
-def test_scores_are_caption_times_image_whatever_the_chunk():
-    items = numbered([(10, 200, 20, 180), (200, 10, 20, 180), (10, 20, 100, 250)], ["object", "colour", "shape"])
-    s = evaluate_swaps(encode, items, chunk=2)
-    for n in range(3):
-        for c in range(2):
-            for i in range(2):
-                gap = (float(items.captions[n][c]) - float(items.pixels[n, i, 0, 0, 0])) / 256 * math.pi / 2
-                assert s[n, c, i] == pytest.approx(math.cos(gap), abs=1e-12)
-    assert np.array_equal(s, evaluate_swaps(encode, items, chunk=128))
-    assert winoground(s).text.tolist() == [True, False, False]
-    assert swap_accuracy(s).tolist() == [1.0, 0.0, 0.5]
-
-
-def test_recall():
-    s = np.array([[3.0, 1.0, 3.0], [0.0, 2.0, 1.0], [0.0, 0.0, 5.0]])
-    image_of_caption, caption_of_image = recall_at_1(s)
-    assert image_of_caption.tolist() == [False, True, True]  # the first caption ties: wrong
-    assert caption_of_image.tolist() == [True, True, True]
-    image_of_caption, caption_of_image = recall_at_1(s.T)
-    assert image_of_caption.tolist() == [True, True, True] and caption_of_image.tolist() == [False, True, True]
-    assert not np.any(recall_at_1(np.zeros((4, 4))))
-    with pytest.raises(ValueError, match=r"\[n, n\]"):
-        recall_at_1(np.zeros((2, 3)))
-
-
-def test_retrieval_of_a_gallery():
-    pixels = torch.zeros(6, 3, 4, 4, dtype=torch.uint8)
-    pixels[:, 0, 0, 0] = torch.tensor([0, 40, 80, 120, 160, 200])
-    right = Samples(pixels, ["1", "41", "81", "121", "161", "201"])
-    assert np.all(evaluate_retrieval(encode, right, chunk=4))
-    exchanged = Samples(pixels, ["41", "1", "81", "121", "161", "201"])
-    assert [x.tolist() for x in evaluate_retrieval(encode, exchanged)] == [[False] * 2 + [True] * 4] * 2
 
 
 # The diffusion score.
@@ -143,7 +100,7 @@ class Oracle:
 def test_diffusion_score_follows_its_formula():
     items = numbered([(1, 2, 1, 2), (3, 5, 5, 3)], ["object", "object"])
     teacher = Oracle()
-    s = diffusion_scores(teacher, items, draws=3, t_range=(0.5, 0.51))
+    s = diffusion_scores(teacher, items, draws=3, t_range=(0.5, 0.51), batch=4)
     assert teacher.asked == 2 * 4 * 3 and set(teacher.times.tolist()) == {50}
     abar = teacher.alphas_cumprod[50].double()
     snr = float(abar / (1 - abar))
@@ -163,7 +120,7 @@ def test_diffusion_score_of_given_latents():
     assert not winoground(flipped).text.any()
     with pytest.raises(ValueError, match="latents: shape"):
         diffusion_scores(teacher, items, latents=z[0])
-    with pytest.raises(ValueError, match="draws"):
+    with pytest.raises(ValueError, match="at least 1"):
         diffusion_scores(teacher, items, draws=0)
 
 
@@ -205,6 +162,21 @@ def test_prediction_types_are_scored_as_noise():
 # The world's suite.
 
 
+class Told:
+    """A scorer of features that `encode(pixels, captions)` gives."""
+
+    name, settings, batch = "told", {}, 64
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def encode_images(self, images):
+        return self.encode(torch.stack([pixels(ref, 32) for ref in images]), [""] * len(images))[0]
+
+    def encode_texts(self, texts):
+        return self.encode(torch.zeros(len(texts), 3, 32, 32), texts)[1]
+
+
 def constant(pixels, captions):
     ones = torch.ones(len(pixels), 3)
     return ones, ones
@@ -212,32 +184,57 @@ def constant(pixels, captions):
 
 def test_suite_of_a_model_that_sees_nothing():
     """All ties, so everything is wrong; and every metric and row is there."""
-    metrics, rows = world_suite.evaluate(constant, "world_dev", items=4)
-    assert metrics == {f"{split}/{name}": 0.0 for split in ("seen", "dev") for name in world_suite.NAMES}
-    assert len(rows) == 2 * 3 * 4
-    assert set(rows[0]) == {"split", "kind", "id", "s00", "s01", "s10", "s11"}
-    assert {r["kind"] for r in rows} == set(world_suite.KINDS)
-    assert [r["id"] for r in rows if r["split"] == "dev"] == list(range(12))
+    result = evaluate(load_suite("world_dev", items=4), Told(constant))
+    assert result.metrics == {f"{split}/{name}": 0.0 for split in ("seen", "dev") for name in world.NAMES}
+    swaps = [row for row in result.rows if "scores" in row]
+    assert len(swaps) == 2 * 3 * 4 and len(result.rows) == len(swaps) + 2 * world.GALLERIES * world.CANDIDATES
+    assert {row["about"]["kind"] for row in swaps} == set(world.KINDS)
+    assert [row["id"] for row in swaps if row["about"]["split"] == "dev"] == [f"dev/{k}" for k in range(12)]
+    assert result.ties == len(result.rows)
 
 
-def test_rows_give_the_metrics_back():
+def test_metrics_of_the_world_are_counted_by_hand():
+    """From the rows' scores alone, item by item, and from matrices of all pairs of a gallery."""
     generator = torch.Generator().manual_seed(0)
 
     def random(pixels, captions):
         return torch.randn(len(pixels), 5, generator=generator), torch.randn(len(pixels), 5, generator=generator)
 
-    metrics, rows = world_suite.evaluate(random, "world_test", items=30)
+    suite = load_suite("world_test", items=30)
+    result = evaluate(suite, Told(random))
     for split in ("seen", "test"):
-        again = world_suite.swap_metrics(*world_suite.scores_of(rows, split))
-        assert again == {k: metrics[f"{split}/{k}"] for k in again} and len(again) == 7
-        assert 25 < metrics[f"{split}/swap"] < 75 and metrics[f"{split}/retrieval"] < 5
+        rows = [row for row in result.rows if "scores" in row and row["about"]["split"] == split]
+        found = {row["id"]: (row["about"]["kind"], by_hand(row["scores"])) for row in rows}
+        assert len(found) == 90
+        for k, name in enumerate(("text", "image", "group", "swap")):
+            mean = np.mean([outcome[k] for _, outcome in found.values()])
+            assert result.metrics[f"{split}/{name}"] == pytest.approx(100 * mean, rel=1e-12)
+        for kind in world.KINDS:
+            mean = np.mean([outcome[3] for of, outcome in found.values() if of == kind])
+            assert result.metrics[f"{split}/swap_{kind}"] == pytest.approx(100 * mean, rel=1e-12)
+        assert 25 < result.metrics[f"{split}/swap"] < 75 and result.metrics[f"{split}/retrieval"] < 5
+        assert result.measures[f"{split}/retrieval"].n == 300 and result.measures[f"{split}/swap_shape"].n == 30
+
+
+def test_a_pair_of_a_gallery_is_asked_both_ways():
+    """1: the text finds its image and the image its text; 1/2: one of both; a tie for the first place is wrong."""
+    gallery = next(part for part in load_suite("world_dev", items=1).parts if part.gallery)
+    gallery.texts, gallery.items = gallery.texts[:3], gallery.items[:3]
+    own = np.arange(3)
+    gallery.queries = [replace(gallery.queries[0], own=own, labels=own, ids=gallery.queries[0].ids[:3])]
+    s = np.array([[3.0, 1.0, 3.0], [0.0, 2.0, 1.0], [0.0, 0.0, 5.0]])  # the first text ties
+    assert gallery.outcomes(s)["seen/retrieval"].tolist() == gallery.outcomes(s.T)["seen/retrieval"].tolist() == [0.5, 1.0, 1.0]
+    assert gallery.outcomes(s)["tied/seen/retrieval"].tolist() == [True, False, False]
+    assert gallery.outcomes(np.zeros((3, 3)))["seen/retrieval"].tolist() == [0.0] * 3
+    rows = gallery.rows(s)
+    assert rows[0]["places"] == [[0, 0], [1, 0], [0, 0]] and gallery.outcomes_of(rows)["seen/retrieval"].tolist() == [0.5, 1, 1]
 
 
 def test_dev_and_test_share_no_content_and_no_scene():
     """Combinations: a colour pair and a shape pair."""
 
     def combinations(suite, split):
-        words = [c.replace(" is ", " ").split() for pair in world_suite.swaps(suite, split, 100).captions for c in pair]
+        words = [c.replace(" is ", " ").split() for pair in world.swaps(suite, split, 100).captions for c in pair]
         colours = set("red green blue yellow purple cyan orange white".split())
         shapes = set("circle square triangle diamond cross ring".split())
         return {(frozenset(w) & colours, frozenset(w) & shapes) for w in map(frozenset, words)}
@@ -245,47 +242,36 @@ def test_dev_and_test_share_no_content_and_no_scene():
     seen, dev, test = combinations("world_dev", "seen"), combinations("world_dev", "dev"), combinations("world_test", "test")
     assert len(dev) == len(test) == 42 and not dev & test and not (dev | test) & seen
     assert combinations("world_test", "seen") & (dev | test) == set()
-    images = {s: world_suite.swaps(s, "seen", 20).pixels.flatten(0, 1).flatten(1) for s in world_suite.SUITES}
+    images = {s: world.swaps(s, "seen", 20).pixels.flatten(0, 1).flatten(1) for s in world.SUITES}
     a, b = ({row.numpy().tobytes() for row in x} for x in images.values())
     assert len(a) == len(b) == 120 and not a & b
 
 
+def test_the_images_are_the_worlds_own():
+    suite = load_suite("world_dev", items=2)
+    swaps, gallery = suite.parts[0], suite.parts[2]
+    assert torch.equal(pixels(swaps.items[3].images[1], 32), world.swaps("world_dev", "seen", 2).pixels[3, 1])
+    samples = world.gallery("world_dev", "seen", 1)
+    assert torch.equal(pixels(gallery.items[5].images[0], 32), samples.pixels[5]) and gallery.texts[5] == (samples.captions[5],)
+    assert pixels(gallery.items[5].images[0], 48).shape == (3, 48, 48)
+    refs = [ref for part in suite.parts for item in part.items for ref in item.images]
+    assert len(set(refs)) == len(refs) == 2 * (2 * 6 + 300)
+
+
+def test_galleries_hold_distinct_captions():
+    galleries = [world.gallery("world_dev", "dev", k) for k in range(world.GALLERIES)]
+    assert all(len(set(g.captions)) == len(g) == world.CANDIDATES for g in galleries)
+    assert not torch.equal(galleries[0].pixels, galleries[1].pixels)
+
+
 def test_swap_items_hold_the_same_words():
-    items = world_suite.swaps("world_dev", "dev", 50)
+    items = world.swaps("world_dev", "dev", 50)
     for first, second in items.captions:
         assert first != second and sorted(first.split()) == sorted(second.split())
 
 
-def test_unknown_suite():
-    with pytest.raises(ConfigError, match="world_dev, world_test"):
-        world_suite.evaluate(constant, "world", items=2)
-
-
-def test_a_student_through_its_encoder(tmp_path):
-    from fastsds.student import load_student
-
-    student = load_student(tiny.save_student(tmp_path)).eval()
-    answer = world_suite.encoder(student, student.tokenize)
-    captions = tiny.captions(4)
-    image, text = answer(tiny.pixels(4), captions)
-    assert image.shape == text.shape == (4, 12)
-    assert torch.allclose(image.norm(dim=1), torch.ones(4)) and torch.allclose(text.norm(dim=1), torch.ones(4))
-
-
-def test_retrieval_is_the_mean_of_both_directions():
-    """Of a model whose two features are one: everything is found."""
-    generator = torch.Generator().manual_seed(0)
-    unit = torch.nn.functional.normalize
-    same = lambda pixels, captions: (unit(torch.randn(len(pixels), 4, generator=generator)),) * 2  # noqa: E731
-    found = world_suite.retrieve(same, "world_dev", "dev")
-    assert found.shape == (world_suite.GALLERIES * world_suite.CANDIDATES,) and found.all()  # image and text agree
-    galleries = [world_suite.gallery("world_dev", "dev", k) for k in range(world_suite.GALLERIES)]
-    assert all(len(set(g.captions)) == len(g) == world_suite.CANDIDATES for g in galleries)
-    assert not torch.equal(galleries[0].pixels, galleries[1].pixels)
-
-
 def test_first_of_each_kind():
     items = numbered([(k, k, k, k) for k in range(6)], ["object", "object", "object", "colour", "colour", "shape"])
-    part = world_suite.first_of_each_kind(items, 2)
+    part = world.first_of_each_kind(items, 2)
     assert part.kind == ["object", "object", "colour", "colour", "shape"]
     assert [c[0] for c in part.captions] == ["0", "1", "3", "4", "5"] == [str(int(p[0, 0, 0, 0])) for p in part.pixels]

@@ -219,8 +219,9 @@ def test_the_card_has_the_runs_results_with_their_n_and_intervals(tmp_path):
     assert command(tmp_path / "run", "hf", tmp_path / "end") == 0
     assert command(runs.at(tmp_path / "run", 1), "hf", tmp_path / "middle") == 0
     first, middle, last = runs.rows(tmp_path / "run", "eval")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "items_2.jsonl").read_text().splitlines()]
-    right = [100.0 * (r["s00"] > r["s10"] and r["s11"] > r["s01"]) for r in rows if r["split"] == "dev"]
+    rows = [row for row in runs.evaluation(tmp_path / "run", 2).rows if row["about"]["split"] == "dev"]
+    scores = [row["scores"] for row in rows if "scores" in row]
+    right = [100.0 * (s[0][0] > s[1][0] and s[1][1] > s[0][1]) for s in scores]
     interval = paired_bootstrap(right, [0.0] * 21)
     text = (tmp_path / "end" / "README.md").read_text()
     said = f"| dev/text | {first['dev/text']:.1f} | {last['dev/text']:.1f} | [{interval.low:.1f}, {interval.high:.1f}] |"
@@ -228,7 +229,7 @@ def test_the_card_has_the_runs_results_with_their_n_and_intervals(tmp_path):
     (line,) = [line for line in text.splitlines() if line.startswith("| dev/swap_object |")]
     assert line.endswith("| 7 |")
     (line,) = [line for line in text.splitlines() if line.startswith("| seen/retrieval |")]
-    assert line.endswith("| - | - | - | 300 |")
+    assert line.endswith("] | 300 |")
     text = (tmp_path / "middle" / "README.md").read_text()  # a checkpoint's card ends where it was made
     assert "| step 1 |" in text and "step 2 |" not in text and f"{middle['dev/image']:.1f}" in text
 

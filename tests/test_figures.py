@@ -84,18 +84,21 @@ def test_evaluations_with_their_intervals(folders, tmp_path, drawn):
     run = history.read_run(folders[0])
     for row in run.evaluations:
         scores = run.scores(row)
-        items = [json.loads(x) for x in (folders[0] / f"items_{row['step']}.jsonl").read_text().splitlines()]
-        right = [50.0 * ((i["s00"] > i["s10"]) + (i["s11"] > i["s01"])) for i in items if i["split"] == "dev"]
+        items = [i for i in runs.evaluation(folders[0], row["step"]).rows if i["about"]["split"] == "dev"]
+        of = [i["scores"] for i in items if "scores" in i]
+        right = [50.0 * ((s[0][0] > s[1][0]) + (s[1][1] > s[0][1])) for s in of]
         expected = paired_bootstrap(right, np.zeros(15))
-        assert scores["dev/swap"] == (pytest.approx(row["dev/swap"]), expected.low, expected.high, 15)
+        assert scores["dev/swap"] == (pytest.approx(row["dev/swap"]), expected.low, expected.high, 15, 50.0)
         assert expected.difference == pytest.approx(row["dev/swap"])
-        assert scores["dev/retrieval"] == (row["dev/retrieval"], None, None, 300)
+        found = [50.0 * sum(above + level == 0 for above, level in zip(*i["places"][:2])) for i in items if "places" in i]
+        expected = paired_bootstrap(found, np.zeros(300))
+        assert scores["dev/retrieval"] == (pytest.approx(row["dev/retrieval"]), expected.low, expected.high, 300, 1.0)
         assert scores.keys() == {key for key, value in row.items() if isinstance(value, float)}
 
 
 def test_without_the_items_there_is_no_interval(folders, tmp_path):
     shutil.copytree(folders[0], tmp_path / "run")
-    (tmp_path / "run" / "items_4.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "evaluations" / "step_00000004")
     run = history.read_run(tmp_path / "run")
     assert run.scores(run.evaluations[-1])["dev/text"].n is None
     assert run.scores(run.evaluations[0])["dev/text"].n == 15

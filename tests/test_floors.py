@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "provenance", "durable", "config", "weights", "hub", "testing"),
+    ("quiet", "progress", "provenance", "durable", "config", "weights", "hub", "testing", "tables"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),

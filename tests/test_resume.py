@@ -208,8 +208,8 @@ def test_evaluations_are_those_of_the_uninterrupted_run(tmp_path, monkeypatch):
     assert runs.train(*argv, "--output", tmp_path / "run", "--resume", "latest") == 0
     assert runs.rows(tmp_path / "run", "eval") == runs.rows(tmp_path / "whole", "eval")
     for step in (0, 2, 4):
-        ours, theirs = (tmp_path / name / f"items_{step}.jsonl" for name in ("run", "whole"))
-        assert ours.read_text() == theirs.read_text()
+        ours, theirs = (runs.evaluation(tmp_path / name, step) for name in ("run", "whole"))
+        assert ours.rows == theirs.rows
 
 
 def test_how_the_teacher_is_asked_may_change_half_way(base, tmp_path, monkeypatch):

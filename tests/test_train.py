@@ -177,9 +177,11 @@ def test_evaluation_at_the_start_at_intervals_and_at_the_end(tmp_path):
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == [3, 4]  # and the last step, whatever log_every
     assert all(row["suite"] == "world_dev" and 0 <= row["dev/text"] <= 100 for row in evaluations)
     for step in (0, 2, 4):
-        items = [json.loads(line) for line in (tmp_path / "run" / f"items_{step}.jsonl").read_text().splitlines()]
-        assert len(items) == 2 * 3 * 4 and {item["split"] for item in items} == {"seen", "dev"}
-        assert set(items[0]) == {"split", "kind", "id", "s00", "s01", "s10", "s11"}
+        result = runs.evaluation(tmp_path / "run", step)
+        items = [row for row in result.rows if "scores" in row]
+        assert len(items) == 2 * 3 * 4 and {item["about"]["split"] for item in items} == {"seen", "dev"}
+        (row,) = (row for row in evaluations if row["step"] == step)
+        assert result.suite == "world_dev" and result.metrics.items() <= row.items()
 
 
 def test_rows_hold_what_the_readme_says(base, tmp_path):
@@ -224,7 +226,9 @@ BAD = {
     "nothing to resume": (["--resume", "latest"], ["no complete checkpoint", "run"]),
     "not a checkpoint": (["--resume", "."], ["state.json"]),
     "batch larger than the data": (["--set", "data.source=one.tsv"], ["data.batch is 32", "1 samples"]),
-    "suite for another size": (["--set", "eval.suite=world_dev"], ["eval.suite", "16x16"]),
+    "unknown suite": (["--set", "eval.suite=winogrand"], ["eval.suite", "nearest: winoground"]),
+    "suite without its data": (["--set", "eval.suite=winoground"], ["eval.data", "the path of its data"]),
+    "suite of other data": (["--set", "eval.suite=mmvp", "--set", "eval.data=."], ["eval.data", "Questions.csv"]),
     "optimizer in the DeepSpeed file": (["--config", "optimizer.json"], ["optimizer"]),
     "batch in the DeepSpeed file": (["--config", "batch.json"], ["train_micro_batch_size_per_gpu", "7", "32"]),
     "unknown DeepSpeed stage": (["--config", "stage.json"], ["stage is 9"]),

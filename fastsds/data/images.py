@@ -177,15 +177,25 @@ def check_damage(listing: Listing, max_skipped: float, what: str) -> None:
 
 def decode_image(content: bytes, sizes: list[int]) -> list[torch.Tensor]:
     """Decode an image file. Returns uint8 [3, size, size] for each size. Raises: ValueError if it is not a whole image."""
-    import numpy as np
+    return opened(content, lambda image: squares(image, sizes))
+
+
+def opened(content: bytes, use: Callable):
+    """What `use` makes of an image file as PIL opens it. Raises: ValueError if it is not a whole image."""
     from PIL import Image
 
     try:
         with Image.open(BytesIO(content)) as file:
-            squares = [np.array(_square(file, size)) for size in sizes]
+            return use(file)
     except Exception as error:  # of whatever kind a decoder has
         raise ValueError(f"not a readable image ({str(error).partition(' <')[0]})") from error
-    return [torch.from_numpy(square).permute(2, 0, 1).contiguous() for square in squares]
+
+
+def squares(image, sizes: list[int]) -> list[torch.Tensor]:
+    """A PIL image's centre square at each size. Returns: uint8 [3, size, size] each."""
+    import numpy as np
+
+    return [torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous() for size in sizes]
 
 
 def _square(image, size: int):

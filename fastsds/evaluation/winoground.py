@@ -11,18 +11,13 @@ All inequalities are strict, so a tie is wrong. Chance is a model whose four sco
 is 1/6 and not 1/16 because it asks that the two right scores be the two largest of four.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from fastsds.data import SwapItems
+from fastsds.evaluation.choice import stacked
 
 CHANCE = {"text": 25.0, "image": 25.0, "group": 100 / 6, "swap": 50.0}
-CHUNK = 128  # items a forward: 256 images and 256 captions
-
-Encode = Callable[[torch.Tensor, list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Winoground(NamedTuple):
@@ -35,7 +30,7 @@ class Winoground(NamedTuple):
 
 def winoground(scores) -> Winoground:
     """Return text, image and group outcomes. Shapes: scores [N, 2 captions, 2 images] (array or tensor) -> bool [N]."""
-    s = _checked(scores)
+    s = stacked(scores, 2, 2)
     text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
     image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
     return Winoground(text, image, text & image)
@@ -43,31 +38,12 @@ def winoground(scores) -> Winoground:
 
 def swap_accuracy(scores) -> np.ndarray:
     """Return the share of right caption choices an item: 0, 1/2 or 1. Shapes: [N, 2, 2] -> float64 [N]."""
-    s = _checked(scores)
+    s = stacked(scores, 2, 2)
     return ((s[:, 0, 0] > s[:, 1, 0]).astype(np.float64) + (s[:, 1, 1] > s[:, 0, 1])) / 2
 
 
-@torch.no_grad()
-def evaluate_swaps(encode: Encode, items: SwapItems, chunk: int = CHUNK) -> np.ndarray:
-    """Return the cosine of every caption with every image of its item. Shapes: -> float64 [N, 2 captions, 2 images].
+def tied(scores) -> np.ndarray:
+    """Return whether one of the four comparisons of `winoground` is of equal scores. Shapes: [N, 2, 2] -> bool [N]."""
+    s = stacked(scores, 2, 2)
+    return (s[:, 0] == s[:, 1]).any(axis=1) | (s[:, :, 0] == s[:, :, 1]).any(axis=1)
 
-    Args: encode: (pixels uint8 [n, 3, S, S], captions [n]) -> (image [n, d], text [n, d]), of unit length. chunk: items
-        a call. A positive logit scale would change no inequality, so it is left out.
-    """
-    parts = []
-    for first in range(0, len(items), chunk):
-        pixels = items.pixels[first : first + chunk]
-        captions = [c for pair in items.captions[first : first + chunk] for c in pair]
-        image, text = encode(pixels.flatten(0, 1), captions)
-        image, text = (x.double().unflatten(0, (-1, 2)) for x in (image, text))
-        parts.append((text @ image.transpose(1, 2)).cpu())
-    return torch.cat(parts).numpy()
-
-
-def _checked(scores) -> np.ndarray:
-    s = scores.detach().cpu().double().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores, np.float64)
-    if s.ndim != 3 or s.shape[1:] != (2, 2):
-        raise ValueError(f"scores: shape [N, 2 captions, 2 images] expected, got {s.shape}")
-    if np.isnan(s).any():
-        raise ValueError("scores: NaN in item " + str(int(np.isnan(s).any(axis=(1, 2)).argmax())))
-    return s

@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from fastsds.evaluation.statistics import paired_bootstrap
 from fastsds.export.origin import Origin
 from fastsds.history import Run, Score
 from fastsds.provenance import commit, versions
-from fastsds.report import as_markdown
 from fastsds.student import HEAD_FILE
+from fastsds.tables import as_markdown
 
 PAPER = "https://arxiv.org/abs/2307.09233"
 CLAIMS = (
@@ -163,11 +162,12 @@ def _interval(score: Score) -> str:
 
 def _differences(run: Run, first: dict, last: dict) -> dict[str, list[str]]:
     """Last minus first, on the same items, where both kept them."""
-    before, after, found = run.outcomes(first), run.outcomes(last), {}
-    for key in before.keys() & after.keys():
-        if first is not last and np.shape(before[key]) == np.shape(after[key]):
-            d = paired_bootstrap(after[key], before[key])
-            found[key] = [f"{d.difference:+.1f}", f"[{d.low:+.1f}, {d.high:+.1f}]"]
+    before, after, found = run.result(first), run.result(last), {}
+    if first is last or before is None or after is None or before.about["fingerprint"] != after.about["fingerprint"]:
+        return {}
+    for key in after.measures:
+        d = paired_bootstrap(after.values(key), before.values(key))
+        found[key] = [f"{d.difference:+.1f}", f"[{d.low:+.1f}, {d.high:+.1f}]"]
     return found
 
 
