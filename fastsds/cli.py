@@ -14,6 +14,7 @@ COMMANDS = {
     "export": ("fastsds.export", "a trained student as an open_clip or transformers folder, checked, with a model card"),
     "plan": ("fastsds.plan.command", "what a recipe needs: bytes of a rank, FLOP, images/s, the bank, the largest batch"),
     "report": ("fastsds.report", "draw runs: curves, residual by noise band, evaluations with intervals"),
+    "reproduce": ("fastsds.reproduce.command", "backbones x arms x seeds x suites from one file, ending in a paper's table"),
     "train": ("fastsds.train", "train a recipe; with several ranks use `deepspeed fastsds/train.py`"),
 }
 

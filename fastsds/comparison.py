@@ -1,75 +1,44 @@
-"""What a comparison of arms rests on: each saved student's outcomes on the test items, and their paired differences."""
+"""What a comparison of arms rests on: what a saved student answers, what a teacher reads of it, how long it trained."""
 
 import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from fastsds import report, world
+from fastsds import world
 from fastsds.evaluation.diffusion_score import diffusion_scores
 from fastsds.evaluation.results import load_result
 from fastsds.evaluation.run import evaluate
 from fastsds.evaluation.scorer import ClipScorer
-from fastsds.evaluation.statistics import holm, mcnemar, two_level_bootstrap
-from fastsds.evaluation.suite import load_suite
+from fastsds.evaluation.suite import Suite
 from fastsds.evaluation.suites import world as world_suite
 from fastsds.evaluation.winoground import winoground
 from fastsds.metrics import read
-from fastsds.student import load_student
+from fastsds.student import Student, load_student
 
-SUITE = "world_test"
-READING = {"items": 50, "draws": 4}  # what the teacher reads of h_w(f(x)): items a kind, noises an item
-
-
-def splits() -> tuple[str, str]:
-    return world_suite.SUITES[SUITE]
+READING = {"items": 50, "draws": 4}  # what the teacher reads: items a kind, noises an item
 
 
-def assess(student: Path | str, folder: Path, items: int, teacher: str, of_images: bool = False) -> dict:
-    """Evaluate a saved student on the test suite: metrics in percent; the evaluation goes to the folder.
+def ask(student: Student, suite: Suite, folder: Path, teacher: str) -> dict[str, float]:
+    """Evaluate a student: all metrics in percent, of a world's suite with its `readings`; the evaluation goes to the folder."""
+    metrics = dict(evaluate(suite, ClipScorer(student), folder).metrics)
+    return metrics | (readings(suite, teacher, student) if student.head is not None else {})
 
-    of_images: also the text score of what the teacher reads of the images themselves.
+
+def readings(suite: Suite, teacher: str, student: Student | None = None) -> dict[str, float]:
+    """The text score of what the teacher reads of h_w(f(x)), by split of a world's suite, in percent; {} of any other suite.
+
+    student: None reads the images' own latents.
     """
-    model = load_student(student).eval()
-    metrics, own = dict(evaluate(load_suite(SUITE, items=items), ClipScorer(model), folder).metrics), {}
-    for split in splits():
-        part = world_suite.first_of_each_kind(world_suite.swaps(SUITE, split, items), min(items, READING["items"]))
-        if model.head is not None:
-            scores = diffusion_scores(load_teacher(teacher), part, draws=READING["draws"], latents=_latents(model, part))
-            metrics[f"{split}/reading"] = 100 * float(winoground(scores).text.mean())
-        if of_images:
-            scores = diffusion_scores(load_teacher(teacher), part, draws=READING["draws"])
-            own[report.SPLIT_NAMES[split]] = 100 * float(winoground(scores).text.mean())
-    return {"metrics": metrics, **({"of_images": own} if of_images else {})}
-
-
-def outcomes(folder: Path) -> dict[tuple[str, str], np.ndarray]:
-    """Each item's outcome in percent, by (split, metric), in a fixed order: what comparisons pair."""
-    result = load_result(folder)
-    return {tuple(name.split("/")): result.values(name) for name in result.measures}
-
-
-def compare(of: str, a: list[dict], b: list[dict], metrics, tested=()) -> list[dict]:
-    """Paired differences a - b of two arms over the same seeds.
-
-    tested: metrics that also get the exact McNemar p of the first seed, and Holm's over all of them.
-    """
-    rows = []
-    for split in splits():
-        for metric in metrics:
-            left, right = ([seed[split, metric] for seed in arm] for arm in (a, b))
-            row = {"of": of, "split": split, "metric": metric, **two_level_bootstrap(left, right)._asdict()}
-            row["seeds"] = [float(np.mean(x - y)) for x, y in zip(left, right, strict=True)]
-            if metric in tested:
-                test = mcnemar(left[0] > 0, right[0] > 0)
-                row |= {"only_first": test.only_a, "only_second": test.only_b, "p": test.p}
-            rows.append(row)
-    with_p = [row for row in rows if "p" in row]
-    for row, adjusted in zip(with_p, holm([row["p"] for row in with_p]), strict=True):
-        row["p_holm"] = adjusted
-    return rows
+    found = {}
+    for split in world_suite.SUITES.get(suite.name, ()):
+        items = suite.measures[f"{split}/swap_object"].n
+        part = world_suite.first_of_each_kind(world_suite.swaps(suite.name, split, items), min(items, READING["items"]))
+        latents = None if student is None else _latents(student, part)
+        scores = diffusion_scores(load_teacher(teacher), part, draws=READING["draws"], latents=latents)
+        found[f"{split}/reading"] = 100 * float(winoground(scores).text.mean())
+    return found
 
 
 def training_seconds(path: Path, images_a_step: int) -> float:
@@ -79,16 +48,16 @@ def training_seconds(path: Path, images_a_step: int) -> float:
     return sum((row["step"] - at) * images_a_step / row["images_per_s"] for row, at in zip(rows, before, strict=False))
 
 
-def choices(folder: Path) -> dict[str, tuple[bool, bool]]:
-    """Whether image 0 and image 1 got their own captions, by held-out item."""
-    rows = [row for row in load_result(folder).rows if row["about"]["split"] == splits()[1] and "scores" in row]
+def choices(folder: Path, split: str) -> dict[str, tuple[bool, bool]]:
+    """Whether image 0 and image 1 got their own captions, by swap item of a split."""
+    rows = [row for row in load_result(folder).rows if row["about"]["split"] == split and "scores" in row]
     scores = {row["id"]: row["scores"] for row in rows}
     return {item: (s[0][0] > s[1][0], s[1][1] > s[0][1]) for item, s in scores.items()}
 
 
-def shown(student: Path, items: int, each: int, teacher: str) -> list[dict]:
-    """The first held-out items of each kind, with what h_w(f(x)) decodes to (None without a head)."""
-    whole = world_suite.swaps(SUITE, splits()[1], items)
+def shown(student: Path, suite: str, split: str, items: int, each: int, teacher: str) -> list[dict]:
+    """The first items of each kind of a split, with what h_w(f(x)) decodes to (None without a head)."""
+    whole = world_suite.swaps(suite, split, items)
     part, model = world_suite.first_of_each_kind(whole, each), load_student(student).eval()
     decoded = [None] * len(part)
     if model.head is not None:
@@ -126,4 +95,5 @@ def load_teacher(path: str):
 
 @torch.no_grad()
 def _latents(model, items) -> torch.Tensor:
-    return model(items.pixels.flatten(0, 1)).z.unflatten(0, (-1, 2))
+    device = next(model.parameters()).device
+    return model(items.pixels.flatten(0, 1).to(device)).z.unflatten(0, (-1, 2)).cpu()

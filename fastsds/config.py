@@ -10,24 +10,20 @@ keys out; each then takes the default written in this file, which is the value i
 Every error is a `ConfigError`; the command line prints it and exits with code 2.
 """
 import dataclasses
-import difflib
 import importlib.util
 import json
-import math
 import re
-import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from fastsds.strict import ConfigError, key_of, merge, parse, read_yaml, show
+
 _HERE = Path(__file__).resolve().parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"   # wheel | source tree
-
-
-class ConfigError(ValueError):
-    """A mistake in what the user gave: file, key, value or shape. The command line exits with code 2."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,8 @@ class DataConfig:
     source: str = "world"               # "world", or a file, folder, shards: see docs/data.md
     images: str | None = None           # the folder that a file's image names are relative to; null: the file's own
     split: str | None = None            # of a Karpathy JSON; null: train and restval
-    samples: int | None = None          # the first N images; null: all
+    samples: int | None = None          # N images; null: all
+    subset: int | None = None           # which N: drawn by this seed, fewer being some of more; null: the first
     caption: Literal["random", "first"] = "random"      # of an image with several: one drawn for each epoch, or the first
     batch: int = 32                     # contrastive batch over all ranks
     accumulation: int = 2               # contrastive batches an optimizer step
@@ -161,7 +158,7 @@ for _keys, _test, _text in (
     ("data.max_skipped", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("loss.rho optimizer.lr optimizer.head_lr optimizer.eps student.lora.alpha", lambda v: v > 0, "greater than 0"),
     ("student.tune student.lora.targets", lambda v: len(v) and all(map(str.strip, v)), "at least one pattern, none empty"),
-    ("seed bank.seed", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
+    ("seed bank.seed data.subset", lambda v: -2**63 <= v < 2**63, "a signed 64-bit integer"),
     ("optimizer.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers with 0 <= beta < 1"),
     ("loss.t", lambda v: 0 <= v[0] < v[1] <= 1, "[lo, hi] with 0 <= lo < hi <= 1"),
     ("loss.log_snr", lambda v: v[0] < v[1], "[lo, hi] with lo < hi"),
@@ -174,136 +171,6 @@ for _keys, _test, _text in (
 _ALWAYS_PATHS = ("teacher.path", "bank.path", "data.source", "data.images", "data.cache",
                  "eval.data")        # unless "world"
 _SOMETIMES_PATHS = ("student.model", "student.pretrained")            # a name, or a folder or file
-
-
-# -- reading YAML ------------------------------------------------------------------------------------------------------
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice and reads 1e-3 as a number (YAML 1.1 reads it as text)."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-                              list("-+.0123456789"))
-
-
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)                               # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        if "alias" in problem or "'*'" in problem:
-            problem += "; a text that begins with * is put in quotes"
-        raise ConfigError(f"{origin}{where}: {problem}") from None
-
-
-# -- types -------------------------------------------------------------------------------------------------------------
-
-def _key(name: str) -> str:
-    return name.rstrip("_")                                           # `lambda_` is written `lambda`
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _keys(cls=Recipe, prefix: str = "") -> list[str]:
-    """All known keys, sections included: seed, ..., student, student.model, ..."""
-    keys = []
-    for name, kind in get_type_hints(cls).items():
-        keys.append(_join(prefix, _key(name)))
-        if dataclasses.is_dataclass(kind):
-            keys += _keys(kind, keys[-1])
-    return keys
-
-
-def _nearest(key: str) -> str:
-    """The known key most like `key`: first by its last word, then by its section."""
-    section, _, name = key.lower().rpartition(".")
-
-    def likeness(known: str) -> float:
-        known_section, _, known_name = known.rpartition(".")
-        return (difflib.SequenceMatcher(None, name, known_name).ratio() + 0.3 * (section == known_section)
-                + 0.1 * difflib.SequenceMatcher(None, section, known_section).ratio())
-    return max(_keys(), key=likeness)
-
-
-def _describe(kind) -> str:
-    """A type in words, for error messages."""
-    if kind is type(None):
-        return "null"
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind)) if len(get_args(kind)) > 1 else get_args(kind)[0]
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_describe(k) for k in get_args(kind))
-    if get_origin(kind) is tuple:
-        return "a list of texts" if get_args(kind)[-1] is ... else f"a list of {len(get_args(kind))} numbers"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-
-
-def _convert(value, kind):
-    """The value as `kind`, or TypeError. A whole number is a number; true and false are neither; no text is parsed."""
-    if get_origin(kind) in (Union, types.UnionType):
-        for option in get_args(kind):
-            try:
-                return _convert(value, option)
-            except TypeError:
-                pass
-    elif get_origin(kind) is Literal:
-        if isinstance(value, str) and value in get_args(kind):
-            return value
-    elif get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        if isinstance(value, (list, tuple)):
-            kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
-            if len(value) == len(kinds):
-                return tuple(_convert(v, k) for v, k in zip(value, kinds, strict=True))
-    elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise TypeError
-
-
-def _merge(node, values: Any, origin: str, origins: dict[str, str], prefix: str = ""):
-    """`node` (a section) with `values` put in, each key checked. Records in `origins` where each key came from."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{origin}: {prefix or 'a recipe'} is a section with keys, not {_show(values)}")
-    known = {_key(name): (name, kind) for name, kind in get_type_hints(type(node)).items()}
-    changes = {}
-    for key, value in values.items():
-        path = _join(prefix, str(key))
-        if key not in known:
-            raise ConfigError(f"{origin}: unknown key {path!r}; the nearest known key is {_nearest(path)!r}")
-        name, kind = known[key]
-        if dataclasses.is_dataclass(kind):
-            changes[name] = _merge(getattr(node, name), value, origin, origins, path)
-            continue
-        try:
-            changes[name] = _convert(value, kind)
-        except TypeError:
-            raise ConfigError(f"{origin}: {path} is {_show(value)}; expected {_describe(kind)}") from None
-        origins[path] = origin
-    return dataclasses.replace(node, **changes)
-
-
-def _show(value) -> str:
-    """A value as it is written in YAML, with its type where that helps."""
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    return json.dumps(value, default=str)
 
 
 def _get(recipe: Recipe, key: str):
@@ -332,44 +199,56 @@ def _resolve(recipe: Recipe, keys, folder: Path) -> Recipe:
 
 # -- public ------------------------------------------------------------------------------------------------------------
 
-def load_recipe(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply `a.b=c` overrides in order; without a path, start from the embedded world's recipe.
+class Over(NamedTuple):
+    """Values over a recipe. Of `values` the keys are whole ("loss.t"); folder: what their paths are relative to."""
 
-    Args: overrides, each "key=value" with the full key and a YAML value: "loss.lambda=auto", "loss.t=[0.3, 1.0]".
+    origin: str
+    values: dict[str, Any]
+    folder: Path
+
+
+def load_recipe(
+    path: str | Path | Recipe | None = None, overrides: Sequence[str | Over] = (), checked: bool = True
+) -> Recipe:
+    """Read a recipe, or take one, and apply `a.b=c` overrides in order; without it, start from the embedded world's recipe.
+
+    Args: overrides, each "key=value" with the full key and a YAML value: "loss.lambda=auto", "loss.t=[0.3, 1.0]"; or an `Over`.
+        checked: False leaves ranges and what keys ask of each other to a later call.
     Raises: ConfigError for a missing file, an unknown or repeated key, a wrong type, a value out of range.
     """
-    recipe, origins = Recipe(), {}
-    if path is not None:
+    recipe, origins = path if isinstance(path, Recipe) else Recipe(), {}
+    if isinstance(path, (str, Path)):
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such recipe file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: the recipe cannot be read: {error}") from None
-        values = _parse(text, str(path))
-        recipe = _merge(recipe, {} if values is None else values, str(path), origins)
+        recipe = merge(recipe, read_yaml(path, "recipe"), str(path), origins)
         recipe = _resolve(recipe, _ALWAYS_PATHS + _SOMETIMES_PATHS, path.resolve().parent)
     for override in overrides:
-        origin = f"--set {override}"
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ConfigError(f"{origin}: expected key=value, for example loss.lambda=30")
-        values = _parse(text, origin)
-        for name in reversed(key.split(".")):
-            values = {name: values}
-        recipe = _merge(recipe, values, origin, origins)
-        recipe = _resolve(recipe, [k for k in _ALWAYS_PATHS + _SOMETIMES_PATHS if k == key], Path.cwd())
-    _check_values(recipe, lambda key: origins.get(key, str(path or "default recipe")))
+        over, own = _of_text(override) if isinstance(override, str) else override, {}
+        for key, value in over.values.items():
+            for name in reversed(str(key).split(".")):
+                value = {name: value}
+            recipe = merge(recipe, value, over.origin, own)
+        recipe = _resolve(recipe, [k for k in _ALWAYS_PATHS + _SOMETIMES_PATHS if k in own], over.folder)
+        origins |= own
+    if checked:
+        file = path if isinstance(path, (str, Path)) else "default recipe"
+        _check_values(recipe, lambda key: origins.get(key, str(file)))
     return recipe
+
+
+def _of_text(override: str) -> Over:
+    """What `--set key=value` says."""
+    origin = f"--set {override}"
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{origin}: expected key=value, for example loss.lambda=30")
+    return Over(origin, {key.strip(): parse(text, origin)}, Path.cwd())
 
 
 def _check_values(recipe: Recipe, origin) -> None:
     for key, (test, expected) in _RANGES.items():
         value = _get(recipe, key)
         if value is not None and value != "auto" and not test(value):
-            raise ConfigError(f"{origin(key)}: {key} is {_show(value)}; expected {expected}")
+            raise ConfigError(f"{origin(key)}: {key} is {show(value)}; expected {expected}")
     if (recipe.loss.t is None) == (recipe.loss.log_snr is None):
         both = "both" if recipe.loss.t else "neither"
         raise ConfigError(f"{origin('loss.log_snr')}: {both} of loss.t and loss.log_snr are given; expected exactly one "
@@ -380,7 +259,7 @@ def _check_values(recipe: Recipe, origin) -> None:
             ("loss.noised", not recipe.loss.noised, "true: a target is what the teacher sees in a noised latent"),
         ):
             if wrong:
-                raise ConfigError(f"{origin(key)}: {key} is {_show(_get(recipe, key))}; expected with loss.gradient amortised: "
+                raise ConfigError(f"{origin(key)}: {key} is {show(_get(recipe, key))}; expected with loss.gradient amortised: "
                                   f"{why}")
     if recipe.bank.path and recipe.loss.captions != "own":
         raise ConfigError(f"{origin('loss.captions')}: loss.captions is 'shuffled'; expected own with bank.path, which holds "
@@ -401,7 +280,7 @@ def load_deepspeed(path: str | Path) -> dict:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a JSON file that can be read: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {_show(values)}")
+        raise ConfigError(f"{path}: expected a JSON object, found {show(values)}")
     return values
 
 
@@ -432,12 +311,12 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
     for key, wanted, package in (("log.tensorboard", recipe.log.tensorboard, "tensorboard"),
                                  ("log.wandb", recipe.log.wandb, "wandb")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key} is {_show(wanted)}, and the package {package} is missing: "
+            raise ConfigError(f"{key} is {show(wanted)}, and the package {package} is missing: "
                               "pip install 'fastsds[logs]'")
     config = deepspeed_json or {}
     zero = config.get("zero_optimization")
     if recipe.student.compile and isinstance(zero, dict) and zero.get("stage") == 3:
-        raise ConfigError(f"student.compile is {_show(recipe.student.compile)}; expected null with ZeRO 3, whose linear layer "
+        raise ConfigError(f"student.compile is {show(recipe.student.compile)}; expected null with ZeRO 3, whose linear layer "
                           "torch.compile differentiates wrongly; ZeRO 0 to 2 compile")
     for key, expected, reason in (
         ("train_micro_batch_size_per_gpu", batch // world_size, f"data.batch {batch} / {world_size} ranks"),
@@ -446,7 +325,7 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
         ("gradient_clipping", recipe.optimizer.clip, "optimizer.clip"),
     ):
         if key in config and config[key] != expected:
-            raise ConfigError(f"DeepSpeed file: {key} is {_show(config[key])}, the recipe says {expected} ({reason}); "
+            raise ConfigError(f"DeepSpeed file: {key} is {show(config[key])}, the recipe says {expected} ({reason}); "
                               "leave the key out of the DeepSpeed file or make them agree")
     for key in ("optimizer", "scheduler"):
         if key in config:
@@ -455,7 +334,7 @@ def check(recipe: Recipe, world_size: int = 1, deepspeed_json: dict | None = Non
         section = config.get(key, {})
         enabled = section.get("enabled") if isinstance(section, dict) else section
         if enabled is not None and enabled != (recipe.precision == key):
-            raise ConfigError(f"DeepSpeed file: {key}.enabled is {_show(enabled)}, the recipe's precision is "
+            raise ConfigError(f"DeepSpeed file: {key}.enabled is {show(enabled)}, the recipe's precision is "
                               f"{recipe.precision}; leave the key out of the DeepSpeed file or make them agree")
 
 
@@ -463,7 +342,7 @@ def as_dict(recipe: Recipe) -> dict:
     """The recipe as plain dicts, lists and scalars, keyed as in YAML."""
     def plain(value):
         if dataclasses.is_dataclass(value):
-            return {_key(f.name): plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {key_of(f.name): plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return list(value) if isinstance(value, tuple) else value
     return plain(recipe)
 

@@ -109,6 +109,28 @@ def _save(figure, panels, path: Path) -> Path:
     return path
 
 
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+
+def sample_efficiency(path: Path, panels: dict[str, dict[str, list[tuple[float, float, float]]]]) -> Path:
+    """A metric by how many different pairs were seen, a panel each; an arm's start, at 0, is a line.
+
+    Args: panels: title -> label -> [(pairs, mean, deviation over seeds)].
+    """
+    figure, axes_of = _grid(len(panels))
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    for (title, lines), axes in zip(panels.items(), axes_of, strict=True):
+        for label, points in lines.items():
+            pairs, means, deviations = zip(*points, strict=True)
+            colour = f"C{labels.index(label)}"
+            if pairs == (0,):
+                axes.axhline(means[0], color=colour, linewidth=1, linestyle=":", label=label)
+            else:
+                axes.errorbar(pairs, means, deviations, marker=".", linewidth=1, capsize=2, color=colour, label=label)
+        axes.set(title=title, xlabel="different pairs seen", ylabel="%", xscale="log")
+    return _save(figure, axes_of, path)
+
+
 # -- the demo ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
 """Run commands a few at a time, show one progress line for all, and keep what they gave.
 
-A job owns a folder. It is finished when its results.json is there; a finished job with the same key is not run again,
-an unfinished one starts anew. If a job fails, or Ctrl-C comes, all that runs is stopped before anything else.
+A job owns a folder. It is finished when its done.json is there; a finished job with the same key is not run again, an
+unfinished one goes on if it says how, or starts anew. When Ctrl-C comes, or a job fails and `keep_going` is off, all that runs
+is stopped before anything else.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -11,15 +14,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from fastsds.config import ConfigError
 from fastsds.progress import Line, clock
 
-SLOTS = 2
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+PLACES = (ONE_THREAD, ONE_THREAD)  # what the environment of each command that runs at a time adds
 GRACE = 20.0  # seconds a child has to stop by itself
 TAIL = 30  # lines of a failed child's log
 
@@ -32,11 +39,13 @@ class Failed(Exception):
         self.code = code
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """command() -> argv, asked once all of `needs` are done (None: nothing to run); then measure() -> results.
 
-    key: what the results depend on besides the command; results.json of another key is never used.
+    key: what the results depend on besides the command and the needs; done.json of another key is never used. files() -> name
+    and text of what is written before the command starts. go_on() -> what to add to the command of one that was cut off (None:
+    it starts anew, in an empty folder).
     """
 
     name: str
@@ -45,20 +54,38 @@ class Job:
     measure: Callable[[], dict] = dict
     needs: list["Job"] = field(default_factory=list)
     key: dict = field(default_factory=dict)
+    files: Callable[[], dict[str, str]] = dict
+    go_on: Callable[[], list[str] | None] = lambda: None
     results: dict | None = None
     reused: bool = False
     # while it runs
-    argv: list[str] | None = None
+    place: int | None = None
     process: subprocess.Popen | None = None
     measuring: Future | None = None
     began: float = 0.0
+
+    @cached_property
+    def argv(self) -> list[str] | None:
+        return self.command()
 
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
 
     def fingerprint(self) -> dict:
-        return json.loads(json.dumps({"command": (self.argv or [])[1:], **self.key}))
+        needs = [hashlib.sha256(json.dumps(need.fingerprint()).encode()).hexdigest()[:16] for need in self.needs]
+        return json.loads(json.dumps({"command": (self.argv or [])[1:], **self.key, "needs": needs}))
+
+    def finished(self) -> bool:
+        """Whether its results are there; then they are read. Raises: ConfigError if they are of another key."""
+        path = self.folder / "done.json"
+        if not path.is_file():
+            return False
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.pop("key", None) != self.fingerprint():
+            raise ConfigError(f"{path} is of other settings or weights; name another --output, or delete {self.folder}")
+        self.results, self.reused = saved, True
+        return True
 
     def status(self) -> str:
         """What the progress line says of it: a trainer's last row, or the last line of the log."""
@@ -75,39 +102,65 @@ class Job:
         return f"{self.name}: step {row['step']}{of}, loss {row['loss']:.3f}" + "".join(f", left {clock(x)}" for x in left)
 
 
-def run(jobs: list[Job], slots: int = SLOTS, fresh: bool = False) -> None:
-    """Run all jobs, `slots` commands at a time, in order as far as their needs allow. fresh: finished ones again.
+@contextmanager
+def claim(folder: Path) -> Iterator[int]:
+    """Have a folder to oneself, and to what one starts: the lock is held until the last of them has ended, killed or not.
 
-    Raises: Failed with the tail of the failed job's log. KeyboardInterrupt once everything is stopped.
+    Returns: what `run` hands on. Raises: ConfigError if another has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is in use: another command works there, or what an earlier one started still runs; wait for it"
+            ) from None
+        yield lock.fileno()
+
+
+def run(
+    jobs: list[Job], places: Sequence[dict[str, str]] = PLACES, fresh: bool = False, keep_going: bool = False,
+    lock: int | None = None,
+) -> None:  # fmt: skip
+    """Run all jobs, a command in each place at a time, in order as far as their needs allow.
+
+    Args: places: what to add to the environment of the command that runs there. fresh: finished ones again. keep_going: a job
+        that fails ends only those that need it. lock: of `claim`.
+    Raises: Failed with the tail of each failed job's log. KeyboardInterrupt once everything is stopped.
     """
     waiting, running, line, worker = list(jobs), [], Line(), ThreadPoolExecutor(1)
-    began = time.monotonic()
+    began, failed = time.monotonic(), {}
     before = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while waiting or running:
             for job in list(waiting):
-                busy = sum(other.process is not None for other in running)
+                if any(need in failed for need in job.needs):
+                    waiting.remove(job)
+                    failed[job] = None
+                    line.note(f"{job.name}: left out, what it needs failed")
+                    continue
                 if any(need.results is None for need in job.needs):
                     continue
-                job.argv = job.command() if job.argv is None else job.argv
-                if _take_finished(job, fresh):
+                free = [k for k in range(len(places)) if k not in [other.place for other in running]]
+                if not fresh and job.finished():
                     waiting.remove(job)
                     line.note(f"{job.name}: finished before, taken from {job.folder}")
-                elif busy < slots:
+                    continue
+                if job.argv is None or free:
                     waiting.remove(job)
                     running.append(job)
-                    _start(job)
+                    job.place = None if job.argv is None else free[0]
+                    _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,))
             for job in list(running):
-                if job.process is not None and job.process.poll() is not None:
-                    code, job.process = job.process.returncode, None
-                    if code:
-                        raise Failed(
-                            f"{job.name} ended with exit code {code}. The end of {job.log}:\n{tail(job.log, TAIL)}", code
-                        )
-                if job.process is None and job.measuring is None:
-                    job.measuring = worker.submit(job.measure)
-                if job.measuring is not None and job.measuring.done():
-                    job.results = _finish(job)
+                try:
+                    _advance(job, worker)
+                except Failed as error:
+                    if not keep_going:
+                        raise
+                    failed[job] = error
+                    line.note(f"{job.name}: FAILED, see {job.log}; the others go on")
+                if job.results is not None or job in failed:
                     running.remove(job)
             line.say(_progress(jobs, running, time.monotonic() - began))
             time.sleep(0.1)
@@ -118,6 +171,28 @@ def run(jobs: list[Job], slots: int = SLOTS, fresh: bool = False) -> None:
         worker.shutdown(wait=True, cancel_futures=True)
         for number, handler in before.items():
             signal.signal(number, handler)
+    if errors := [error for error in failed.values() if error is not None]:
+        raise Failed("\n\n".join(map(str, errors)), max(error.code for error in errors))
+
+
+def _advance(job: Job, worker: ThreadPoolExecutor) -> None:
+    """Take a running job as far as it is. Raises: Failed."""
+    if job.process is not None and job.process.poll() is not None:
+        code, job.process, job.place = job.process.returncode, None, None
+        if code:
+            raise Failed(f"{job.name} ended with exit code {code}. The end of {job.log}:\n{tail(job.log, TAIL)}", code)
+    if job.process is None and job.measuring is None:
+        job.measuring = worker.submit(job.measure)
+    if job.measuring is not None and job.measuring.done():
+        try:
+            job.results = _finish(job)
+        except ConfigError as error:
+            raise Failed(f"{job.name}: {error}", 2) from error
+        except Exception as error:  # a bug, or a disk that is full: the log has the whole of it
+            with open(job.log, "a", encoding="utf-8") as log:
+                traceback.print_exception(error, file=log)
+            said = f"{job.name}: {type(error).__name__}: {error}. The end of {job.log}:"
+            raise Failed(f"{said}\n{tail(job.log, TAIL)}", 1) from error
 
 
 def stop(jobs: list[Job]) -> None:
@@ -145,40 +220,38 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def _take_finished(job: Job, fresh: bool) -> bool:
-    path = job.folder / "results.json"
-    if fresh or not path.is_file():
-        return False
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.pop("key", None) != job.fingerprint():
-        raise ConfigError(f"{path} is of other settings or weights; name another --output, or delete {job.folder}")
-    job.results, job.reused = saved, True
-    return True
-
-
-def _start(job: Job) -> None:
+def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...]) -> None:
+    words, about = [], {"name": job.name, "command": job.argv, "key": job.fingerprint()}
+    kept = job.folder / "job.json"
     if job.folder.exists():
-        if any(job.folder.iterdir()) and not (job.folder / "job.json").is_file():
+        if any(job.folder.iterdir()) and not kept.is_file():
             raise ConfigError(f"{job.folder} holds files that this command did not write; name another --output")
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
-    (job.folder / "job.json").write_text(json.dumps({"name": job.name, "command": job.argv}, indent=1) + "\n")
+        more = job.go_on() if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == about else None
+        if more is None:
+            shutil.rmtree(job.folder)
+        else:
+            words = more
+    job.folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for name, text in job.files().items():
+        (job.folder / name).write_text(text, encoding="utf-8")
     job.began = time.monotonic()
     if job.argv is None:
         return
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1"}
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    with open(job.log, "wb") as log:
+    env = {**alone, "MASTER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1", **env}
+    with open(job.log, "ab") as log:
         job.process = subprocess.Popen(
-            job.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=alone | one, start_new_session=True
-        )
+            [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
+            pass_fds=kept_open,
+        )  # fmt: skip
 
 
 def _finish(job: Job) -> dict:
     results = {"seconds_in_all": round(time.monotonic() - job.began, 1), **job.measuring.result()}
-    partial = job.folder / "results.json.partial"
+    partial = job.folder / "done.json.partial"
     partial.write_text(json.dumps({"key": job.fingerprint(), **results}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(job.folder / "results.json")
+    partial.replace(job.folder / "done.json")
     return results
 
 

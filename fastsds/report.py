@@ -1,20 +1,18 @@
-"""What runs say: tables of a comparison as text and as markdown, and `fastsds report RUN...`, which draws runs."""
+"""What runs say: the tables of comparisons, and `fastsds report RUN...`, which draws runs."""
 
 import argparse
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastsds import figures
 from fastsds.config import ConfigError, Recipe
-from fastsds.evaluation.winoground import CHANCE
+from fastsds.evaluation.compare import Difference, shown
 from fastsds.history import read_runs
-from fastsds.tables import as_markdown as as_markdown
-from fastsds.tables import as_text as as_text
 
 PAPER = "arXiv 2307.09233, as far as its settings can be told from secondary sources"
 SPLIT_NAMES = {"seen": "seen", "dev": "held out (dev)", "test": "held out"}
-COLUMNS = ("text", "image", "group", "swap_object", "swap_colour", "swap_shape", "retrieval", "reading")
 TITLES = {
     "swap": "swap", "swap_object": "object swap", "swap_colour": "colour swap", "swap_shape": "shape swap",
     "reading": "teacher's reading of h_w(f(x))",
@@ -50,6 +48,9 @@ def settings_line(recipe: Recipe, latent: tuple[int, int, int], image_size: int,
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
+Key = tuple[str, str]  # suite, metric
+Table = tuple[list[str], list[list[str]]]
+
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
@@ -63,40 +64,81 @@ def mean_and_deviation(values: list[float | None]) -> str:
     return percent(np.mean(found)) + (f" +- {np.std(found, ddof=1):.1f}" if len(found) > 1 else "")
 
 
-def scores_table(arms: dict[str, list[dict]], splits: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
-    """The main table: a row for each split and arm. arms: label -> the metrics of each of its seeds, in percent."""
-    header = ["combinations", "student", *(TITLES.get(c, c) for c in COLUMNS)]
-    rows = [
-        [SPLIT_NAMES[split], label, *(mean_and_deviation([m.get(f"{split}/{c}") for m in seeds]) for c in COLUMNS)]
-        for split in splits
-        for label, seeds in arms.items()
-    ]
-    by_column = {"reading": CHANCE["text"], "retrieval": 1.0}
-    chance = [percent(by_column.get(c, CHANCE.get(c.split("_")[0]))) for c in COLUMNS]
-    return header, [*rows, ["chance", "", *chance]]
+class Grid:
+    """Metrics as columns: those of the world's splits are one column, and each split has rows of its own.
+
+    Args: headline: what is shown, in order. names: headings of what stands before the metrics in a row.
+    """
+
+    def __init__(self, headline: Sequence[Key], names: tuple[str, ...]):
+        places = {key: _split(key[1]) for key in headline}
+        self.keys = {(split, key[0], name): key for key, (split, name) in places.items()}
+        self.splits = list(dict.fromkeys(split for split, _, _ in self.keys))
+        self.columns = list(dict.fromkeys((suite, name) for _, suite, name in self.keys))
+        several = len({suite for suite, _ in self.columns}) > 1
+        titles = [f"{suite} {TITLES.get(name, name)}" if several else TITLES.get(name, name) for suite, name in self.columns]
+        self.header = [*["combinations"] * (self.splits != [""]), *names, *titles]
+
+    def rows(self, lines: Iterable[tuple[tuple[str, ...], Mapping[Key, str]]]) -> list[list[str]]:
+        """A row for each split and line: its names, then what it has of each column."""
+        lines, found = list(lines), []
+        for split in self.splits:
+            for names, cells in lines:
+                row = [cells.get(self.keys.get((split, *column)), "-") for column in self.columns]
+                if set(row) != {"-"}:
+                    found.append([*[SPLIT_NAMES.get(split, "")] * (self.splits != [""]), *names, *row])
+        return found
 
 
-def differences_table(differences: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Paired differences in points: {"of", "split", "metric", "difference", "low", "high", "p", "p_holm"}."""
-    with_p = any(d.get("p") is not None for d in differences)
-    header = ["difference", "combinations", "score", "points", "95 % interval", *(["McNemar p", "Holm p"] if with_p else [])]
+def means(seeds: Sequence[Mapping[Key, float]]) -> dict[Key, str]:
+    """The cells of a line: mean and deviation over its seeds."""
+    keys = dict.fromkeys(key for metrics in seeds for key in metrics)
+    return {key: mean_and_deviation([metrics.get(key) for metrics in seeds]) for key in keys}
+
+
+def scores_table(
+    lines: Sequence[tuple[tuple[str, ...], Mapping[Key, str]]], headline: Sequence[Key], names: tuple[str, ...],
+    chance: Mapping[Key, float],
+) -> Table:  # fmt: skip
+    """The main table, of cells as `means` gives them; its last row is what random scores reach, in percent."""
+    grid = Grid(headline, names)
+    by_column = {(key[0], _split(key[1])[1]): percent(value) for key, value in chance.items()}
+    row = [*["chance"], *[""] * (len(grid.header) - len(grid.columns) - 1), *(by_column.get(c, "-") for c in grid.columns)]
+    return grid.header, [*grid.rows(lines), row]
+
+
+def intervals_table(
+    lines: Sequence[tuple[tuple[str, ...], Mapping[Key, Difference]]], headline: Sequence[Key], names: tuple[str, ...]
+) -> Table:
+    """Paired differences in points with their 95 % intervals: "+1.5 (-2.1 to +5.0)"."""
+    grid = Grid(headline, names)
+    return grid.header, grid.rows((of, {key: interval(d) for key, d in found.items()}) for of, found in lines)
+
+
+def claims_table(
+    lines: Sequence[tuple[tuple[str, ...], Key, Difference, float]], names: tuple[str, ...]
+) -> Table:
+    """What is tested, one a row: the difference with its 95 % interval and p, and Holm's p over all rows."""
+    suites, splits = ({place(key) for _, key, _, _ in lines} for place in (lambda k: k[0], lambda k: _split(k[1])[0]))
     rows = []
-    for d in differences:
-        row = [d["of"], SPLIT_NAMES[d["split"]], TITLES.get(d["metric"], d["metric"]), f"{d['difference']:+.1f}"]
-        row.append(f"[{d['low']:+.1f}, {d['high']:+.1f}]")
-        rows.append(row + ([_p(d.get("p")), _p(d.get("p_holm"))] if with_p else []))
-    return header, rows
+    for of, (suite, metric), difference, adjusted in lines:
+        split, name = _split(metric)
+        where = [*[suite] * (len(suites) > 1), *[SPLIT_NAMES.get(split, "")] * (splits != {""})]
+        rows.append([*of, *where, TITLES.get(name, name), str(difference), shown(adjusted).removeprefix("= ")])
+    where = [*["suite"] * (len(suites) > 1), *["combinations"] * (splits != {""})]
+    return [*names, *where, "score", "points", "Holm p"], rows
 
 
-def verdict(d: dict) -> str:
-    """Whether a difference is above zero by more than its interval, in one sentence."""
-    yes = "yes" if d["low"] > 0 else "no"
-    what = f"{TITLES.get(d['metric'], d['metric'])}, {SPLIT_NAMES[d['split']]}"
-    return f"{d['of']} above 0 on {what}: {yes}, {d['difference']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]."
+def interval(d: Difference) -> str:
+    """ "+1.5 (-2.1 to +5.0)"."""
+    points, low, high = (round(x, 1) + 0.0 for x in (d.points, d.low, d.high))  # no -0.0
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
+def _split(metric: str) -> tuple[str, str]:
+    """A metric's split of the world ("" elsewhere), and its name there."""
+    split, _, name = metric.partition("/")
+    return (split, name) if split in SPLIT_NAMES else ("", metric)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

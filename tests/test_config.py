@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from fastsds import config
+from fastsds import config, strict
 from fastsds.config import CONFIGS, ConfigError, Recipe, as_dict, check, dump_recipe, load_deepspeed, load_recipe
 
 WORLD = CONFIGS / "world.yaml"
@@ -30,7 +30,7 @@ def test_world_recipe_writes_every_value_and_equals_the_defaults():
     import yaml
     assert yaml.safe_load(WORLD.read_text()).keys() == as_dict(Recipe()).keys()
     assert load_recipe(WORLD) == load_recipe() == Recipe()
-    written = config._parse(WORLD.read_text(), "world.yaml")
+    written = strict.parse(WORLD.read_text(), "world.yaml")
     assert written == as_dict(Recipe()), "a key is missing in configs/world.yaml or its value differs"
 
 

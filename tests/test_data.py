@@ -535,3 +535,23 @@ def test_the_first_samples_are_one_data_set_for_every_seed(photographs):
     loaded = [s.load(torch.arange(64)) for s in (*scenes, endless)]
     for other in loaded[1:]:
         assert torch.equal(loaded[0].pixels, other.pixels) and loaded[0].captions == other.captions
+
+
+def test_a_subset_is_drawn_by_its_seed_and_a_smaller_one_is_part_of_a_larger(photographs):
+    whole = opened(photographs)
+    chosen = {(n, seed): opened(photographs, samples=n, subset=seed) for n in (2, 4, len(whole)) for seed in (0, 1, 2)}
+    names = {key: set(source.listing.names) for key, source in chosen.items()}
+    for seed in (0, 1, 2):
+        assert names[2, seed] < names[4, seed] < names[len(whole), seed] == set(whole.listing.names)
+        assert names[4, seed] == set(opened(photographs, samples=4, subset=seed).listing.names)
+    assert len({frozenset(names[4, seed]) for seed in (0, 1, 2)}) > 1
+    for source in chosen.values():  # in the file's order, each with its own captions and pixels
+        places = [whole.listing.names.index(name) for name in source.listing.names]
+        assert places == sorted(places)
+        ids, zero = torch.arange(len(source)), torch.zeros(len(source), dtype=torch.int64)
+        assert source.captions == [whole.captions[k] for k in places]
+        assert torch.equal(source.load(ids, zero, 32).pixels, whole.load(torch.tensor(places), zero, 32).pixels)
+    few, more, other = (open_source(DataConfig(samples=n, subset=seed)) for n, seed in ((8, 1), (16, 1), (8, 2)))
+    pixels = [source.load(torch.arange(8)).pixels for source in (few, more, other)]
+    assert torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2])
+    assert few.identity() != other.identity()

@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "provenance", "durable", "config", "weights", "hub", "testing", "tables"),
+    ("quiet", "progress", "provenance", "durable", "strict", "config", "weights", "hub", "testing", "tables"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),
@@ -19,6 +19,7 @@ FLOORS = (
     ("figures",),
     ("sharding", "checkpoint", "report"),
     ("train", "comparison", "export", "check_teacher", "plan", "doctor"),
+    ("reproduce",),
     ("demo",),
     ("cli",),
 )

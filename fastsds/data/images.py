@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -32,10 +32,11 @@ class Listing:
     read: Callable[[int], bytes]
     damaged: dict[int, str] = field(default_factory=dict)
 
-    def first(self, n: int | None) -> "Listing":
-        """The first n of them."""
-        damaged = {i: why for i, why in self.damaged.items() if n is None or i < n}
-        return Listing(self.names[:n], self.captions[:n], self.sizes[:n], self.read, damaged)
+    def take(self, chosen: Sequence[int]) -> "Listing":
+        """These of them, in this order."""
+        columns = ([column[i] for i in chosen] for column in (self.names, self.captions, self.sizes))
+        damaged = {k: self.damaged[i] for k, i in enumerate(chosen) if i in self.damaged}
+        return Listing(*columns, lambda k: self.read(chosen[k]), damaged)
 
 
 def of_files(folder: Path, said: dict[str, list[str]], flat: bool = False) -> Listing:

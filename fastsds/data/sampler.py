@@ -12,7 +12,7 @@ import torch
 
 from fastsds.ops import Noise, Purpose, draw
 
-_ORDER_ID = -1  # the sample id of the sampler's own words: no sample has it
+_ORDER_ID, _SUBSET_ID = -1, -2  # the sample ids of the sampler's own words: no sample has them
 
 
 class Walk:
@@ -55,3 +55,9 @@ def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """A counter-based permutation of range(n): the stable argsort of n Philox uniforms."""
     noise = Noise(seed, draw(Purpose.ORDER, epoch), torch.tensor([_ORDER_ID]))
     return noise.uniform(n).reshape(-1).argsort(stable=True)
+
+
+def subset(n: int, count: int, seed: int) -> list[int]:
+    """`count` of range(n), in order: the first ones of a counter-based permutation, so a smaller subset is part of a larger."""
+    noise = Noise(seed, draw(Purpose.ORDER, 0), torch.tensor([_SUBSET_ID]))
+    return noise.uniform(n).reshape(-1).argsort(stable=True)[:count].sort().values.tolist()

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastsds.config import ConfigError
 from fastsds.data import Source
 from fastsds.data.images import Images, Listing, check_damage
+from fastsds.data.sampler import subset
 
 EXPECTED = (
     "expected world; a .tsv or .json file; a folder of images with their .txt; a folder of save_to_disk (datasets); shards: a "
@@ -21,14 +22,14 @@ PIPE = "pipe:"
 def open_source(data, seed: int = 0) -> Source:
     """The source that a recipe's `data` section names.
 
-    Args: data: a `config.DataConfig`. seed: of the captions that are drawn, and of the endless world's scenes. The first N
-        scenes of the world are one data set, the same for every seed.
+    Args: data: a `config.DataConfig`. seed: of the captions that are drawn, and of the endless world's scenes. N scenes of
+        the world are one data set, the same for every seed: scenes of another world for another `subset`.
     Raises: ConfigError that names the file and what is wrong in it.
     """
     if data.source == "world":
         from fastsds.world.scenes import WorldSource
 
-        return WorldSource("train", seed) if data.samples is None else WorldSource("train", 0, data.samples)
+        return WorldSource("train", seed) if data.samples is None else WorldSource("train", data.subset or 0, data.samples)
     if data.source.startswith(PIPE):
         _no_use_for(data, ("images", "split", "samples", "cache"), "a pipe, read in its own order,")
         _need("webdataset", data.source)
@@ -40,7 +41,9 @@ def open_source(data, seed: int = 0) -> Source:
     listing = list_images(data)
     if data.samples is not None and data.samples > len(listing.names):
         raise ConfigError(f"data.samples is {data.samples}, but {data.source} has {len(listing.names)} images")
-    listing = listing.first(data.samples)
+    if data.samples is not None:
+        n = data.samples
+        listing = listing.take(range(n) if data.subset is None else subset(len(listing.names), n, data.subset))
     check_damage(listing, data.max_skipped, data.source)
     source = Images(listing, data.caption, seed, data.workers)
     if data.cache is not None:

@@ -1,0 +1,292 @@
+"""The file of `fastsds reproduce`, read as strictly as a recipe: every mistake is found before anything runs.
+
+Values under a `sets` are keys of a recipe, `loss.lambda: 0`, and lie over one another in this order: the recipe, the file's,
+the backbone's, the arm's, the number of pairs, --set, the seed. Paths are relative to the file, `output` to the current folder.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from fastsds.config import CONFIGS, ConfigError, Over, Recipe, as_dict, check, load_recipe
+from fastsds.evaluation.suite import Suite, load_suite
+from fastsds.strict import merge, nearest, read_yaml, show
+
+SHIPPED = CONFIGS / "reproduce"
+ALL = "all"
+START = "pretrained"  # what every arm of a backbone starts from
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*$")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """pretrain: a command that leaves a student in {folder}/student, {seed} by {seed}; none: `student.model` as it is."""
+
+    sets: dict = field(default_factory=dict)
+    pretrain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    recipe, pretrain: in place of the file's and the backbone's. against: whose scores its own are compared with. same_time_as:
+    train for as long as that arm did, by the measured speeds.
+    """
+
+    label: str | None = None
+    recipe: str | None = None
+    sets: dict = field(default_factory=dict)
+    against: tuple[str, ...] = ()
+    same_time_as: str | None = None
+    pretrain: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One suite. options: of its loader. headline: its columns (none: the suite's own); claims: what is tested, Holm's
+    correction over all of them; zero_shot: what must not be lost."""
+
+    suite: str | None = None
+    path: str | None = None
+    options: dict = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
+    zero_shot: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a file says; `file` and `overrides` (--set) are added by `load`."""
+
+    recipe: str | None = None
+    output: str = "runs/reproduce"
+    sets: dict = field(default_factory=dict)
+    seeds: int = 5
+    pairs: tuple[int | Literal["all"], ...] = (ALL,)
+    backbones: dict[str, Backbone] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    evaluation: dict[str, Asked] = field(default_factory=dict)
+    zero_shot_bound: float = 0.5
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A reproduction that was checked. overrides: of the command line, "a.b=c", over everything but the seed."""
+
+    file: Path
+    said: Reproduction
+    output: Path
+    overrides: tuple[str, ...] = ()
+    _read: dict[str | None, Recipe] = field(default_factory=dict, repr=False, compare=False)
+
+    def pretrain(self, backbone: str, arm: str | None = None) -> tuple[str, ...]:
+        """The command that makes where an arm starts (None: most arms)."""
+        own = None if arm is None else self.said.arms[arm].pretrain
+        return self.said.backbones[backbone].pretrain if own is None else own
+
+    def recipe(self, backbone: str, pairs: int | str, arm: str, seed: int = 0, student: Path | None = None) -> Recipe:
+        """What one run trains. student: where it starts, if something made that.
+
+        An arm whose gradient is amortised has the bank that all arms and seeds with its settings share, unless it names one.
+        """
+        said = self.said
+        layers = [
+            self._over("sets", said.sets), self._over(f"backbones.{backbone}.sets", said.backbones[backbone].sets),
+            self._over(f"arms.{arm}.sets", said.arms[arm].sets),
+            self._over("pairs", {} if pairs == ALL else {"data.samples": pairs}), *self.overrides,
+            self._over("seeds", {"seed": seed}), self._over("pretrain", {"student.model": str(student)} if student else {}),
+        ]  # fmt: skip
+        base = self._base(said.arms[arm].recipe or said.recipe)
+        made = load_recipe(base, layers, checked=False)
+        if made.loss.gradient == "amortised" and made.bank.path is None:
+            folder = self.output / "banks" / digest(bank_settings(made)) / "bank"
+            layers.append(self._over(f"arms.{arm}", {"bank.path": str(folder)}))
+        if made.data.cache and pairs != ALL:  # a cache is of one data set
+            layers.append(self._over("pairs", {"data.cache": str(Path(made.data.cache) / str(pairs))}))
+        return load_recipe(base, layers)
+
+    def makes_bank(self, recipe: Recipe) -> bool:
+        """Whether a recipe's bank is one of the experiment's own."""
+        return recipe.bank.path is not None and self.output / "banks" in Path(recipe.bank.path).parents
+
+    def suite(self, name: str) -> Suite:
+        """Read a suite from where it lies. Raises: ConfigError."""
+        path, options = self.places(name)
+        try:
+            return load_suite(self.said.evaluation[name].suite or name, path, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{self.file}: evaluation.{name}: {error}") from None
+
+    def places(self, name: str) -> tuple[Path | None, dict]:
+        """Where a suite lies, and its options; what of them is there, relative to the file, is a path."""
+        asked = self.said.evaluation[name]
+        return asked.path and self._path(asked.path), {k: self._sometimes_path(v) for k, v in asked.options.items()}
+
+    def _base(self, recipe: str | None) -> Recipe:
+        if recipe not in self._read:
+            self._read[recipe] = load_recipe(recipe and self._path(recipe), checked=False)
+        return self._read[recipe]
+
+    def _over(self, key: str, values: dict) -> Over:
+        return Over(f"{self.file}: {key}", values, self.file.parent)
+
+    def _path(self, value: str) -> Path:
+        return (self.file.parent / Path(value).expanduser()).resolve()
+
+    def _sometimes_path(self, value):
+        return str(self._path(value)) if isinstance(value, str) and self._path(value).exists() else value
+
+
+def twin(said: Reproduction, arm: str) -> str | None:
+    """Another arm with the same settings and steps of its own: the one by whose speed `same_time_as` is reckoned."""
+
+    def settings(name: str):
+        return said.arms[name].recipe, said.arms[name].sets, said.arms[name].pretrain
+
+    return next((a for a in said.arms if a != arm and settings(a) == settings(arm) and said.arms[a].same_time_as is None), None)
+
+
+def find(name: str) -> Path:
+    """The file, or the shipped one of that name. Raises: ConfigError with the names of those that are shipped."""
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if Path(name).is_file():
+        return Path(name).resolve()
+    stem = Path(name).stem
+    if stem in shipped and Path(name).parent in (Path(), Path("configs/reproduce")):
+        return shipped[stem]
+    raise ConfigError(f"{name}: no such file; expected one, or the name of a shipped one: {', '.join(shipped)}")
+
+
+def load(
+    file: Path, output: Path | None = None, overrides: Sequence[str] = (), seeds: int | None = None, only: Sequence[str] = ()
+) -> Experiment:
+    """Read and check a file.
+
+    Args: seeds, only: as many seeds; these arms and backbones (of a kind that is not named, all).
+    Raises: ConfigError that names file and key, and what was expected.
+    """
+    said = merge(Reproduction(), read_yaml(file, "reproduction"), str(file), {})
+    _check(file, said)
+    said = replace(_only(said, only), seeds=said.seeds if seeds is None else seeds)
+    experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
+    for backbone, pairs, arm in trained(said):
+        recipe = experiment.recipe(backbone, pairs, arm)
+        if recipe.bank.path and recipe.data.source == "world" and recipe.data.samples is None:
+            raise ConfigError(f"{file}: arms.{arm}: a bank needs a data set that ends; expected data.samples in sets, or pairs")
+    return experiment
+
+
+def trained(said: Reproduction) -> Iterable[tuple[str, int | str, str]]:
+    """(backbone, pairs, arm) of all that is trained, for each seed."""
+    return product(said.backbones, said.pairs, said.arms)
+
+
+def missing(experiment: Experiment) -> list[str]:
+    """What the file names and this disk does not hold, or holds wrongly: one line each."""
+    found = {}
+    for one in trained(experiment.said):
+        try:
+            check(experiment.recipe(*one))
+        except ConfigError as error:
+            found[str(error)] = None
+    for name in experiment.said.evaluation:
+        try:
+            check_metrics(experiment, name, experiment.suite(name))
+        except ConfigError as error:
+            found[str(error)] = None
+    return list(found)
+
+
+def check_metrics(experiment: Experiment, name: str, suite: Suite) -> None:
+    """Raise a ConfigError where a suite has no metric that its section names."""
+    for key in ("headline", "claims", "zero_shot"):
+        known = [*suite.measures, *(readings(suite.measures) if key == "headline" else [])]
+        for metric in getattr(experiment.said.evaluation[name], key):
+            if metric not in known:
+                raise ConfigError(
+                    f"{experiment.file}: evaluation.{name}.{key}: {suite.name} has no metric {metric!r}; the nearest is "
+                    f"{nearest(metric, known)!r}"
+                )
+
+
+def readings(measures: Iterable[str]) -> list[str]:
+    """The world's suites also have what the teacher reads of h_w(f(x)), by split."""
+    return [f"{name.partition('/')[0]}/reading" for name in measures if name.endswith("/swap_object")]
+
+
+def bank_settings(recipe: Recipe) -> dict:
+    """All of a recipe that a bank's targets depend on: what shares them shares a bank."""
+    whole = as_dict(recipe)
+    keys = {
+        "teacher": ("path", "prediction_type"), "bank": ("draws", "seed"), "loss": ("t", "log_snr", "shift"),
+        "data": ("source", "images", "split", "samples", "subset", "caption"),
+    }  # fmt: skip
+    return {f"{section}.{key}": whole[section][key] for section, own in keys.items() for key in own}
+
+
+def digest(values) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def plain(said: Reproduction) -> dict:
+    return asdict(said)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check(file: Path, said: Reproduction) -> None:
+    def wrong(key: str, value, expected: str) -> ConfigError:
+        return ConfigError(f"{file}: {key} is {show(value)}; expected {expected}")
+
+    if said.seeds < 1:
+        raise wrong("seeds", said.seeds, "at least 1")
+    if not said.zero_shot_bound >= 0:
+        raise wrong("zero_shot_bound", said.zero_shot_bound, "at least 0, in points")
+    if not said.pairs or len(set(said.pairs)) < len(said.pairs) or any(p != ALL and p < 1 for p in said.pairs):
+        raise wrong("pairs", said.pairs, "numbers of pairs, at least 1 and each once, or all")
+    for key in ("backbones", "arms", "evaluation"):
+        names = getattr(said, key)
+        if not names:
+            raise wrong(key, names, "at least one")
+        for name in names:
+            if not NAME.match(name) or name == START:
+                raise wrong(f"{key}: the name", name, f"letters, digits, _ . + -, as a folder has; not {START}")
+    for name, arm in said.arms.items():
+        for key, others in (("against", arm.against), ("same_time_as", (arm.same_time_as,) if arm.same_time_as else ())):
+            for other in others:
+                known = [a for a in (*said.arms, START) if a != name and (a != START or key == "against")]
+                if other not in known:
+                    near = f"; the nearest is {nearest(other, known)!r}" if known else ""
+                    raise wrong(f"arms.{name}.{key}", other, f"another arm{near}")
+        if arm.same_time_as and said.arms[arm.same_time_as].same_time_as:
+            raise wrong(f"arms.{name}.same_time_as", arm.same_time_as, "an arm that trains for steps of its own")
+        if arm.same_time_as and twin(said, name) is None:
+            raise wrong(f"arms.{name}.sets", arm.sets, "those of another arm, by whose speed its time is reckoned in steps")
+    for of in (said.backbones, said.arms):
+        for name, section in of.items():
+            if section.pretrain and not any("{folder}" in word for word in section.pretrain):
+                where = f"{'backbones' if of is said.backbones else 'arms'}.{name}.pretrain"
+                raise wrong(where, section.pretrain, "a command with {folder}, where it leaves student/, and {seed}")
+
+
+def _only(said: Reproduction, only: Sequence[str]) -> Reproduction:
+    """The arms and backbones of these names; comparisons with others are left out."""
+    kinds = {"arms": said.arms, "backbones": said.backbones}
+    for name in only:
+        if not any(name in of for of in kinds.values()):
+            raise ConfigError(f"--only: {name!r} is not one of {', '.join([*said.arms, *said.backbones])}")
+    kept = {key: {n: v for n, v in of.items() if n in only} or of for key, of in kinds.items()}
+    arms = kept["arms"]
+    for name, arm in arms.items():
+        for other in (arm.same_time_as, twin(said, name)) if arm.same_time_as else ():
+            if other not in arms:
+                raise ConfigError(f"--only: {name} trains as long as {arm.same_time_as}; name {other}, too")
+        arms = arms | {name: replace(arm, against=tuple(a for a in arm.against if a in (*kept["arms"], START)))}
+    return replace(said, arms=arms, backbones=kept["backbones"])

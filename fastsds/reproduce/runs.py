@@ -1,0 +1,203 @@
+"""The jobs of an experiment: pretraining, banks, the real trainer, evaluations; what each shares and waits for.
+
+    OUTPUT/banks/DIGEST/                        a bank, for all arms, backbones and seeds with the same teacher, data and draws
+    OUTPUT/BACKBONE/seed_S/pretraining/         where the arms of that seed start; pretraining_ARM/ where one has its own
+    OUTPUT/BACKBONE/[seed_S/]pretrained/        evaluations of that start; without pretraining one for all seeds
+    OUTPUT/BACKBONE/seed_S/PAIRS/ARM/           recipe.yaml, log.txt, run/, evaluations
+    .../evaluation/SUITE/                       items.jsonl and result.json (evaluation/results.py)
+
+A folder that is deleted is made anew, and so is what lies in it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from fastsds import checkpoint, comparison
+from fastsds.config import Recipe, as_dict, dump_recipe
+from fastsds.engine import device
+from fastsds.evaluation.results import RESULT, Result, load_result
+from fastsds.evaluation.suite import Suite
+from fastsds.jobs import Job
+from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, twin
+from fastsds.student import load_student
+
+RECIPE = "recipe.yaml"
+
+
+class Cell(NamedTuple):
+    """One student: a trained one, or a start, whose arm is "pretrained" or "pretrained_ARM" and whose pairs are "all"."""
+
+    backbone: str
+    pairs: int | str
+    arm: str
+    seed: int
+
+
+@dataclass
+class Plan:
+    """Jobs in the order in which they should start. starts: of each trained cell. evaluations: by cell and suite."""
+
+    experiment: Experiment
+    jobs: list[Job] = field(default_factory=list)
+    by_folder: dict[Path, Job] = field(default_factory=dict)
+    banks: list[Job] = field(default_factory=list)
+    runs: dict[Cell, Job] = field(default_factory=dict)
+    starts: dict[Cell, Cell] = field(default_factory=dict)
+    evaluations: dict[tuple[Cell, str], Job] = field(default_factory=dict)
+
+    @cached_property
+    def suites(self) -> dict[str, Suite]:
+        return {name: self.experiment.suite(name) for name in self.experiment.said.evaluation}
+
+    def result(self, cell: Cell, suite: str) -> Result:
+        """What was kept of a finished evaluation."""
+        job = self.evaluations[cell, suite]
+        return load_result(job.folder / job.results["kept"])
+
+    def put(self, job: Job) -> Job:
+        """The job; or the one that is planned for its folder already. Progress calls it by its folder."""
+        if job.folder not in self.by_folder:
+            self.jobs.append(job)
+            parts = job.folder.relative_to(self.experiment.output).parts
+            job.name = job.name or " ".join(part for part in parts if part not in (ALL, "evaluation"))
+        return self.by_folder.setdefault(job.folder, job)
+
+
+def plan(experiment: Experiment) -> Plan:
+    """All jobs of an experiment. Nothing is written, and no data are read."""
+    made, said = Plan(experiment), experiment.said
+    timed = sorted(said.arms, key=lambda arm: said.arms[arm].same_time_as is not None)  # after those whose time they take
+    for seed in range(said.seeds):
+        for backbone in said.backbones:
+            for pairs in said.pairs:
+                for arm in timed:
+                    _add(made, Cell(backbone, pairs, arm, seed))
+    return made
+
+
+def _add(made: Plan, cell: Cell) -> None:
+    """Put what a cell needs, its training and its evaluations."""
+    experiment, arm = made.experiment, made.experiment.said.arms[cell.arm]
+    home = experiment.output / cell.backbone
+    seeded, needs, student = home / f"seed_{cell.seed}", [], None
+    if words := experiment.pretrain(cell.backbone, cell.arm):
+        folder = seeded / ("pretraining" if arm.pretrain is None else f"pretraining_{cell.arm}")
+        needs, student = [made.put(pretraining(folder, words, cell.seed))], folder / "student"
+    recipe = experiment.recipe(*cell, student)
+    _start(made, cell, seeded if words else home, recipe, needs)
+    if experiment.makes_bank(recipe):
+        bank = made.put(banking(Path(recipe.bank.path).parent, recipe))
+        made.banks += [bank] * (bank not in made.banks)
+        needs = [*needs, bank]
+    pair = ()
+    if arm.same_time_as:
+        pair = tuple(made.runs[cell._replace(arm=other)] for other in (twin(experiment.said, cell.arm), arm.same_time_as))
+    folder = seeded / str(cell.pairs) / cell.arm
+    made.runs[cell] = made.put(training(folder, recipe, [*needs, *pair], pair))
+    for suite in experiment.said.evaluation:
+        where = folder / "evaluation" / suite
+        made.evaluations[cell, suite] = made.put(
+            evaluation(made, suite, where, str(folder / "run" / "student"), None, recipe, [made.runs[cell]])
+        )
+
+
+def _start(made: Plan, cell: Cell, folder: Path, recipe: Recipe, needs: list[Job]) -> None:
+    """Put the evaluations of where a cell starts: one start for all cells of a backbone (and seed) that begin alike."""
+    model, pretrained = recipe.student.model, recipe.student.pretrained
+    for arm in (START, f"{START}_{cell.arm}"):
+        start = Cell(cell.backbone, ALL, arm, cell.seed if needs else 0)
+        jobs = {
+            suite: evaluation(made, suite, folder / arm / "evaluation" / suite, model, pretrained, recipe, needs)
+            for suite in made.experiment.said.evaluation
+        }
+        others = [made.by_folder[job.folder].key for job in jobs.values() if job.folder in made.by_folder]
+        if not others or others == [job.key for job in jobs.values()]:
+            made.starts[cell] = start
+            made.evaluations |= {(start, suite): made.put(job) for suite, job in jobs.items()}
+            return
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def pretraining(folder: Path, words: tuple[str, ...], seed: int) -> Job:
+    """A student of its own, by a command of the file: {seed}, {folder}; `python` is this one."""
+    argv = [word.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for word in words]
+    argv = [sys.executable if word == "python" else word for word in argv[:1]] + argv[1:]
+    return Job("", folder, lambda: argv, key={"weights": comparison.weights()})
+
+
+def banking(folder: Path, recipe: Recipe) -> Job:
+    """A bank. One that was cut off goes on."""
+    argv = [sys.executable, "-m", "fastsds.cli", "bank", "build", "--recipe", str(folder / RECIPE)]
+    key = {"bank": bank_settings(recipe), "weights": comparison.weights()}
+    said = f"bank of {recipe.bank.draws} target(s) for {recipe.data.samples or 'all'} samples"
+    return Job(said, folder, lambda: argv, key=key, files=_recipe(recipe), go_on=list)
+
+
+def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ...] = ()) -> Job:
+    """One run of the trainer. One that was cut off goes on from its last checkpoint.
+
+    pair: multiply steps by the seconds of pair[1] over those of pair[0].
+    """
+    run = folder / "run"
+
+    def command() -> list[str]:
+        scale = pair[1].results["seconds"] / pair[0].results["seconds"] if pair else 1
+        steps = f"steps={round(recipe.steps * scale)}"
+        argv = ["-m", "fastsds.train", "--recipe", str(folder / RECIPE), "--set", steps, "--output", str(run)]
+        return [sys.executable, *argv]
+
+    def measure() -> dict:
+        images = recipe.data.batch * recipe.data.accumulation
+        return {"seconds": comparison.training_seconds(run / "metrics.jsonl", images), "pairs": pairs_seen(recipe, run)}
+
+    def go_on() -> list[str] | None:
+        return ["--resume", "latest"] if checkpoint.steps(run) else None
+
+    key = {"recipe": as_dict(recipe), "weights": comparison.weights()}
+    return Job("", folder, command, measure, list(needs), key, _recipe(recipe), go_on)
+
+
+def evaluation(
+    made: Plan, suite: str, folder: Path, model: str, pretrained: str | None, recipe: Recipe, needs: list[Job]
+) -> Job:
+    """One suite asked of one student: by `fastsds eval` in a place of its own, or here what is made here, of no data.
+
+    One that was cut off goes on.
+    """
+    asked = made.experiment.said.evaluation[suite]
+    name = asked.suite or suite
+    key = {"suite": name, "path": asked.path, "options": asked.options, "student": [model, pretrained]}
+    key["weights"] = comparison.weights()
+
+    def here() -> dict:
+        student = load_student(model, pretrained, device=device()).eval()
+        return {"metrics": comparison.ask(student, made.suites[suite], folder, recipe.teacher.path), "kept": "."}
+
+    def read() -> dict:
+        (kept,) = folder.glob(f"*/*/{RESULT}")
+        return {"metrics": load_result(kept.parent).metrics, "kept": str(kept.parent.relative_to(folder))}
+
+    def command() -> list[str]:
+        path, options = made.experiment.places(suite)
+        words = ["--model", model if pretrained is None else f"{model}:{pretrained}", "--suite", f"{name}={path}"]
+        words += [word for option, value in options.items() for word in ("--option", f"{option}={value}")]
+        return [sys.executable, "-m", "fastsds.cli", "eval", *words, "--output", str(folder)]
+
+    if asked.path is None:
+        return Job("", folder, lambda: None, here, list(needs), key, go_on=list)
+    return Job("", folder, command, read, list(needs), key, go_on=list)
+
+
+def _recipe(recipe: Recipe):
+    return lambda: {RECIPE: dump_recipe(recipe)}
+
+
+def pairs_seen(recipe: Recipe, run: Path) -> int:
+    """How many different samples a run was trained on at most."""
+    found = checkpoint.read_meta(checkpoint.path_of(run, checkpoint.steps(run)[-1]))
+    return min(found["samples"] or sys.maxsize, found["step"] * recipe.data.batch * recipe.data.accumulation)
