@@ -301,23 +301,33 @@ def test_scorer_asks_what_the_race_needs(teacher, correction):
         assert np.array_equal(race.scores(), s)
         passes += race.made.sum() + (race.made.max(axis=0).sum() if correction == "unconditional" else 0)
     assert scorer.passes == passes < whole.passes
+    # a repeated caption is raced once, and shares its twin's score
+    twice = [replace(item, captions=(*item.captions, item.captions[0])) for item in items]
+    found, paid = stopping.replay(twice, [np.concatenate([of, of[:, :1]], axis=1) for of in x], 0.3)
+    assert all(np.array_equal(a, [*b, b[0]]) for a, b in zip(found, scorer.score_items(items), strict=True))
+    assert paid == passes or correction == "unconditional"
 
 
 @pytest.mark.slow
 def test_reaches_the_accuracy_recorded_with_the_weights():
-    """On the items and with the settings of the manifest, and draws of its own: within Wilson's intervals of 100 items."""
+    """On the items and with the settings of the manifest, and draws of its own: within Wilson's intervals of 100 items. And
+    stopping early agrees with it, and pays less."""
     from fastsds.world.scenes import swap_items
 
     recorded = json.loads((world.WEIGHTS / "manifest.json").read_text())["teacher_score"]
     swaps = swap_items("test", 100, seed=1)
     items = [Item(str(k), tuple(refs(swaps.pixels[k], str(k))), swaps.captions[k]) for k in range(len(swaps))]
-    found = winoground(DiffusionScorer(Teacher.load("world"), steps=8).score_items(items))
+    terms = DiffusionScorer(Teacher.load("world"), steps=8).terms(items)
+    scores = [x.mean(axis=0) for x in terms]
+    found = winoground(scores)
     for kind in ("object", "colour", "shape"):
         rows = [k == kind for k in swaps.kind]
         for name in ("text", "image"):
             value = recorded[f"test/{kind}/{name}"]
             low, high = wilson(round(value), 100)
             assert low <= getattr(found, name)[rows].mean() <= high, (kind, name, value)
+    early, passes = stopping.replay(items, terms, 0.05)
+    assert stopping.changed(items, early, scores) == (0, 4 * 300) and passes < 0.75 * 8 * 4 * 300
 
 
 # What is refused, and what is said.

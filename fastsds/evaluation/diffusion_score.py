@@ -40,7 +40,7 @@ class _Question:
     """
 
     def __init__(self, scorer, id: int, captions: Sequence[str], images: Sequence[Hashable], chosen=(), corrected=False):
-        (self.said, self.c), (self.images, self.i) = _distinct(captions), _distinct(images)
+        (self.said, self.c), (self.images, self.i) = distinct(captions), distinct(images)
         self.id, self.corrected = id, corrected
         self.race = Race(len(self.said), len(self.images), scorer.steps, chosen, scorer.stop)
         self.said += [""] * corrected
@@ -284,7 +284,7 @@ def pair_scores(teacher, z: torch.Tensor, text: torch.Tensor, t: torch.Tensor, e
     return teacher.score(z.contiguous(), t, eps.contiguous(), text).unflatten(0, (b, captions, latents))
 
 
-def _distinct(values: Sequence) -> tuple[list, list[int]]:
+def distinct(values: Sequence) -> tuple[list, list[int]]:
     """The different ones, and which of them each is."""
     numbers = _numbered(values)
     return list(numbers), [numbers[v] for v in values]

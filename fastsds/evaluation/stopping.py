@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsds.config import ConfigError
-from fastsds.evaluation.diffusion_score import DiffusionScorer
+from fastsds.evaluation.diffusion_score import DiffusionScorer, distinct
 from fastsds.evaluation.elimination import BOTH, FEWEST, Race, run, stages
 from fastsds.evaluation.suite import Composed, Item, Suite, load_suite
 from fastsds.progress import watched
@@ -30,25 +30,35 @@ RISKS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
 CHUNK = 32  # items a line of progress
 
 
-def replay(items: Sequence[Item], terms: Sequence[np.ndarray], risk: float | None, chosen: Sequence[str]):
-    """Race over terms that are there already. Args: chosen: of the choices that an item names, those that count.
+def replay(
+    items: Sequence[Item], terms: Sequence[np.ndarray], risk: float | None, chosen: Sequence[str] = BOTH
+) -> tuple[list[np.ndarray], int]:
+    """Race over terms that are there already, equal candidates once. Args: chosen: which of an item's choices count.
 
-    Shapes: terms [draws, captions, images] each. Returns: races.
+    Shapes: terms [draws, captions, images] each. Returns: scores, [captions, images] each; and passes.
     """
-    races = []
+    found, passes = [], 0
     for item, x in zip(items, terms, strict=True):
+        (_, c), (_, i) = distinct(item.captions), distinct(item.images)
+        own = np.ix_(range(len(x)), [c.index(k) for k in range(max(c) + 1)], [i.index(k) for k in range(max(i) + 1)])
+        x = x[own]
         race = Race(*x.shape[1:], len(x), tuple(of for of in item.chosen if of in chosen), risk)
         run([race], lambda first, last, race=race, x=x: race.x.__setitem__(slice(first, last), x[first:last]))
-        races.append(race)
-    return races
+        found.append(race.scores()[c][:, i])
+        passes += int(race.made.sum())
+    return found, passes
 
 
-def changed(races: Sequence[Race], found: Sequence[np.ndarray], full: Sequence[np.ndarray]) -> tuple[int, int]:
-    """How many choices come first otherwise in found than in full, and how many there are. Shapes: [captions, images] each."""
-    pairs = []
-    for race, a, b in zip(races, found, full, strict=True):
-        pairs += [(a.reshape(-1)[of], b.reshape(-1)[of]) for of in race.choices]
-    return sum(not np.array_equal(a == a.max(), b == b.max()) for a, b in pairs), len(pairs)
+def changed(items: Sequence[Item], found: Sequence[np.ndarray], full: Sequence[np.ndarray], chosen=BOTH) -> tuple[int, int]:
+    """How many choices end otherwise in found than in full, and how many there are. Shapes: [captions, images] each."""
+    differ = choices = 0
+    for item, a, b in zip(items, found, full, strict=True):
+        for axis, of in enumerate(BOTH):
+            if of in item.chosen and of in chosen and a.shape[axis] > 1:
+                first = a == a.max(axis=axis, keepdims=True), b == b.max(axis=axis, keepdims=True)
+                differ += int((first[0] != first[1]).any(axis=axis).sum())
+                choices += a.shape[1 - axis]
+    return differ, choices
 
 
 def accuracy(suite: Suite, scores: list[np.ndarray]) -> dict[str, float]:
@@ -64,19 +74,18 @@ def accuracy(suite: Suite, scores: list[np.ndarray]) -> dict[str, float]:
 def rows_of(suite: Suite, items: Sequence[Item], terms: Sequence[np.ndarray]) -> list[dict]:
     """All draws, the first few for everyone, and elimination: what each pays, and what it changes."""
     draws, rows = len(terms[0]), []
-    full = [x.mean(axis=0) for x in terms]
+    full, most = replay(items, terms, None)
     kinds = [BOTH] + [(of,) for of in BOTH if any(len(item.chosen) == 2 for item in items)]
     rules = [("all", None)] + [("first", n) for n in stages(draws)[:-1]] + [("stop", risk) for risk in RISKS] * (draws > FEWEST)
     for chosen in kinds:
         for rule, value in rules:
-            races = replay(items, terms, value if rule == "stop" else None, chosen)
-            passes = sum(int(race.made.sum()) for race in races)
-            found = full if rule == "all" else [race.scores() for race in races]
-            if rule == "first":
-                passes, found = passes * value // draws, [x[:value].mean(axis=0) for x in terms]
-            differ, choices = changed(races, found, full)
-            row = {"draws": draws, "rule": rule, "value": value, "chosen": chosen, "passes": passes, "choices": choices}
-            row |= {"changed": differ, "saved": 1 - passes / sum(x.size for x in terms)}
+            found, passes = full, most
+            if rule == "stop":
+                found, passes = replay(items, terms, value, chosen)
+            elif rule == "first":
+                found, passes = [x[:value].mean(axis=0) for x in terms], most * value // draws
+            differ, choices = changed(items, found, full, chosen)
+            row = dict(zip(FIELDS, (draws, rule, value, chosen, passes, choices, differ, 1 - passes / most), strict=True))
             rows.append(row | (accuracy(suite, found) if chosen == BOTH else {}))
     return rows
 
@@ -141,10 +150,10 @@ def _corrected(teacher, suite: Suite, items: list[Item], terms: list[np.ndarray]
     scorer = DiffusionScorer(teacher, steps=len(terms[0]))
     bare = _terms(scorer, [replace(item, captions=("",)) for item in items])
     found = [(x - y).mean(axis=0) for x, y in zip(terms, bare, strict=True)]
-    differ, choices = changed(replay(items, terms, None, BOTH), found, [x.mean(axis=0) for x in terms])
-    pairs = sum(x.size for x in terms)
-    row = dict(zip(FIELDS, (len(terms[0]), "corrected", None, BOTH, pairs + scorer.passes, choices, differ), strict=False))
-    return row | {"saved": -scorer.passes / pairs} | accuracy(suite, found)
+    full, most = replay(items, terms, None)
+    differ, choices = changed(items, found, full)
+    values = len(terms[0]), "corrected", None, BOTH, most + scorer.passes, choices, differ, -scorer.passes / most
+    return dict(zip(FIELDS, values, strict=True)) | accuracy(suite, found)
 
 
 def _parts(suite: Suite) -> list[Suite]:
