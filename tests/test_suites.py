@@ -318,6 +318,8 @@ def test_results_in_clip_benchmarks_shape(suites):
 def test_unknown_names_and_options(tmp_path):
     with pytest.raises(ConfigError, match="suite 'vg_relations': expected one of .*; nearest: vg_relation"):
         load_suite("vg_relations", tmp_path)
+    with pytest.raises(ConfigError, match="suite 'q': expected one of .*zeroshot$"):
+        load_suite("q", tmp_path)
     with pytest.raises(ConfigError, match="suite mmvp: unknown option 'split', expected one of items"):
         load_suite("mmvp", tmp_path, split="test")
     with pytest.raises(ConfigError, match="nowhere does not exist"):

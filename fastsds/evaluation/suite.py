@@ -325,8 +325,8 @@ def suite_names() -> list[str]:
 def options_of(name: str) -> dict[str, type]:
     """The options of a suite and their types: those of its loader, and `items`. Raises: ConfigError for an unknown suite."""
     if name not in (names := suite_names()):
-        near = difflib.get_close_matches(name, names, 1)
-        raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}" + f"; nearest: {near[0]}" * bool(near))
+        near = "".join(f"; nearest: {one}" for one in difflib.get_close_matches(name, names, 1))
+        raise ConfigError(f"suite {name!r}: expected one of {', '.join(names)}{near}")
     own = list(inspect.signature(LOADERS[name]).parameters.values())[name not in MADE :]
     return {option.name: option.annotation for option in own} | {"items": int}
 
