@@ -151,7 +151,7 @@ def run(
                     waiting.remove(job)
                     running.append(job)
                     job.place = None if job.argv is None else free[0]
-                    _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,))
+                    _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,), fresh)
             for job in list(running):
                 try:
                     _advance(job, worker)
@@ -220,13 +220,14 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...]) -> None:
+def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: bool) -> None:
     words, about = [], {"name": job.name, "command": job.argv, "key": job.fingerprint()}
     kept = job.folder / "job.json"
     if job.folder.exists():
         if any(job.folder.iterdir()) and not kept.is_file():
             raise ConfigError(f"{job.folder} holds files that this command did not write; name another --output")
-        more = job.go_on() if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == about else None
+        same = kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == about
+        more = job.go_on() if same and not fresh else None
         if more is None:
             shutil.rmtree(job.folder)
         else:

@@ -185,16 +185,16 @@ def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path):
         out = tmp_path / "a" / "out"
         return Job("a", tmp_path / "a", lambda: [sys.executable, "-c", code, str(out)], key={"k": key}, go_on=go_on)
 
-    def run(*args, **how) -> str:
+    def run(*args, fresh=False, **how) -> str:
         made = job(*args, **how)
-        jobs.run([made])
+        jobs.run([made], fresh=fresh)
         (tmp_path / "a" / "done.json").unlink()  # as if it had been killed
         assert made.fingerprint()["command"][-1] != "--on"
         return (tmp_path / "a" / "out").read_text()
 
     assert run() == "|"
     assert run() == "|--on|"
-    assert run(go_on=lambda: None) == "|"
+    assert run(go_on=lambda: None) == "|" == run(fresh=True)
     assert run(2) == "|"
 
 

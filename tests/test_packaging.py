@@ -169,9 +169,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, root):
     python_files = {str(p.relative_to(root)) for p in (root / "fastsds").rglob("*.py")}
     python_files |= {f"fastsds/{p.relative_to(root)}" for p in (root / "kernels").glob("*.py")}
     assert {n for n in names if n.endswith(".py")} == python_files
-    data = {f"fastsds/{p.relative_to(root)}" for p in (root / "configs").iterdir() if p.is_file()}
+    data = {f"fastsds/{p.relative_to(root)}" for p in (root / "configs").rglob("*") if p.is_file()}
     data |= {str(p.relative_to(root)) for p in (root / "fastsds/world/weights").rglob("*") if p.is_file()}
-    assert data >= {f"fastsds/configs/zero{n}.json" for n in range(4)} | {"fastsds/configs/world.yaml"}
+    assert data >= {f"fastsds/configs/{name}" for name in ("zero0.json", "zero3.json", "world.yaml", "reproduce/spine.yaml")}
     assert data <= set(names)
     assert any("licenses/LICENSE" in n or n.endswith("/LICENSE") for n in names)
 

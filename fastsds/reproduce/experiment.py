@@ -20,6 +20,7 @@ from fastsds.strict import merge, nearest, read_yaml, show
 SHIPPED = CONFIGS / "reproduce"
 ALL = "all"
 START = "pretrained"  # what every arm of a backbone starts from
+PATHS = ("images", "classes", "templates")  # options of suites that are relative to the file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*$")
 
 
@@ -124,9 +125,10 @@ class Experiment:
             raise ConfigError(f"{self.file}: evaluation.{name}: {error}") from None
 
     def places(self, name: str) -> tuple[Path | None, dict]:
-        """Where a suite lies, and its options; what of them is there, relative to the file, is a path."""
+        """Where a suite lies, and its options."""
         asked = self.said.evaluation[name]
-        return asked.path and self._path(asked.path), {k: self._sometimes_path(v) for k, v in asked.options.items()}
+        options = {key: str(self._path(value)) if key in PATHS else value for key, value in asked.options.items()}
+        return asked.path and self._path(asked.path), options
 
     def _base(self, recipe: str | None) -> Recipe:
         if recipe not in self._read:
@@ -138,9 +140,6 @@ class Experiment:
 
     def _path(self, value: str) -> Path:
         return (self.file.parent / Path(value).expanduser()).resolve()
-
-    def _sometimes_path(self, value):
-        return str(self._path(value)) if isinstance(value, str) and self._path(value).exists() else value
 
 
 def twin(said: Reproduction, arm: str) -> str | None:
@@ -173,7 +172,9 @@ def load(
     """
     said = merge(Reproduction(), read_yaml(file, "reproduction"), str(file), {})
     _check(file, said)
-    said = replace(_only(said, only), seeds=said.seeds if seeds is None else seeds)
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"--seeds is {seeds}; expected at least 1")
+    said = replace(_only(said, only), seeds=seeds or said.seeds)
     experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
     for backbone, pairs, arm in trained(said):
         recipe = experiment.recipe(backbone, pairs, arm)
@@ -227,7 +228,8 @@ def bank_settings(recipe: Recipe) -> dict:
         "teacher": ("path", "prediction_type"), "bank": ("draws", "seed"), "loss": ("t", "log_snr", "shift"),
         "data": ("source", "images", "split", "samples", "subset", "caption"),
     }  # fmt: skip
-    return {f"{section}.{key}": whole[section][key] for section, own in keys.items() for key in own}
+    found = {f"{section}.{key}": whole[section][key] for section, own in keys.items() for key in own}
+    return {"precision": recipe.precision, **found}
 
 
 def digest(values) -> str:

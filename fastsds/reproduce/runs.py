@@ -2,13 +2,15 @@
 
     OUTPUT/banks/DIGEST/                        a bank, for all arms, backbones and seeds with the same teacher, data and draws
     OUTPUT/BACKBONE/seed_S/pretraining/         where the arms of that seed start; pretraining_ARM/ where one has its own
-    OUTPUT/BACKBONE/[seed_S/]pretrained/        evaluations of that start; without pretraining one for all seeds
+    OUTPUT/BACKBONE/seed_S/pretrained/          evaluations of that start
+    OUTPUT/BACKBONE/pretrained_MODEL/           the same of a start that needs no pretraining, for all seeds
     OUTPUT/BACKBONE/seed_S/PAIRS/ARM/           recipe.yaml, log.txt, run/, evaluations
     .../evaluation/SUITE/                       items.jsonl and result.json (evaluation/results.py)
 
 A folder that is deleted is made anew, and so is what lies in it.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +23,7 @@ from fastsds.engine import device
 from fastsds.evaluation.results import RESULT, Result, load_result
 from fastsds.evaluation.suite import Suite
 from fastsds.jobs import Job
-from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, twin
+from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, digest, twin
 from fastsds.student import load_student
 
 RECIPE = "recipe.yaml"
@@ -38,7 +40,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Plan:
-    """Jobs in the order in which they should start. starts: of each trained cell. evaluations: by cell and suite."""
+    """Jobs in the order in which they should start. starts: of each trained cell; begun: by their folders."""
 
     experiment: Experiment
     jobs: list[Job] = field(default_factory=list)
@@ -46,6 +48,7 @@ class Plan:
     banks: list[Job] = field(default_factory=list)
     runs: dict[Cell, Job] = field(default_factory=dict)
     starts: dict[Cell, Cell] = field(default_factory=dict)
+    begun: dict[Path, Cell] = field(default_factory=dict)
     evaluations: dict[tuple[Cell, str], Job] = field(default_factory=dict)
 
     @cached_property
@@ -84,10 +87,11 @@ def _add(made: Plan, cell: Cell) -> None:
     home = experiment.output / cell.backbone
     seeded, needs, student = home / f"seed_{cell.seed}", [], None
     if words := experiment.pretrain(cell.backbone, cell.arm):
-        folder = seeded / ("pretraining" if arm.pretrain is None else f"pretraining_{cell.arm}")
+        own = "" if arm.pretrain is None else f"_{cell.arm}"
+        folder = seeded / f"pretraining{own}"
         needs, student = [made.put(pretraining(folder, words, cell.seed))], folder / "student"
     recipe = experiment.recipe(*cell, student)
-    _start(made, cell, seeded if words else home, recipe, needs)
+    _start(made, cell, seeded / f"{START}{own}" if words else home / f"{START}_{_called(recipe)}", recipe, needs)
     if experiment.makes_bank(recipe):
         bank = made.put(banking(Path(recipe.bank.path).parent, recipe))
         made.banks += [bank] * (bank not in made.banks)
@@ -105,19 +109,23 @@ def _add(made: Plan, cell: Cell) -> None:
 
 
 def _start(made: Plan, cell: Cell, folder: Path, recipe: Recipe, needs: list[Job]) -> None:
-    """Put the evaluations of where a cell starts: one start for all cells of a backbone (and seed) that begin alike."""
-    model, pretrained = recipe.student.model, recipe.student.pretrained
-    for arm in (START, f"{START}_{cell.arm}"):
-        start = Cell(cell.backbone, ALL, arm, cell.seed if needs else 0)
-        jobs = {
-            suite: evaluation(made, suite, folder / arm / "evaluation" / suite, model, pretrained, recipe, needs)
-            for suite in made.experiment.said.evaluation
-        }
-        others = [made.by_folder[job.folder].key for job in jobs.values() if job.folder in made.by_folder]
-        if not others or others == [job.key for job in jobs.values()]:
-            made.starts[cell] = start
-            made.evaluations |= {(start, suite): made.put(job) for suite, job in jobs.items()}
-            return
+    """Put the evaluations of where a cell starts: one start for all that begin alike."""
+    if folder not in made.begun:
+        first = not any(start[:1] + start[3:] == (cell.backbone, cell.seed) for start in made.begun.values())
+        made.begun[folder] = Cell(cell.backbone, ALL, START if first else f"{START}_{cell.arm}", cell.seed)
+        for suite in made.experiment.said.evaluation:
+            job = evaluation(
+                made, suite, folder / "evaluation" / suite, recipe.student.model, recipe.student.pretrained, recipe, needs
+            )
+            made.evaluations[made.begun[folder], suite] = made.put(job)
+    made.starts[cell] = made.begun[folder]
+
+
+def _called(recipe: Recipe) -> str:
+    """A name for a student that is there, as a folder has it: ViT-B-32-quickgelu_openai."""
+    words = [recipe.student.model, *([recipe.student.pretrained] if recipe.student.pretrained else [])]
+    words = [f"{Path(word).name}_{digest(word)}" if "/" in word else word for word in words]
+    return re.sub(r"[^\w.+-]+", "_", "_".join(words))
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
