@@ -27,7 +27,7 @@ def data_files(package: str) -> list[str]:
 
 DATA = ["webdataset>=1,<2", "braceexpand>=0.1.7", "datasets>=4,<6", "pyarrow>=21"]  # shards, and Hugging Face data sets on disk
 LOGS = ["tensorboard>=2.19", "wandb>=0.20"]
-BENCH = ["pytest>=8.1", "pytest-benchmark>=5,<6"]
+BENCH = ["pytest>=8.1", "pytest-benchmark>=5,<6", "scikit-image>=0.25"]  # whose photographs are fed
 
 setup(
     name="fastsds",
@@ -64,7 +64,7 @@ setup(
         # setuptools builds the wheel that the packaging tests look into
         "test": [
             *BENCH, *DATA, *LOGS,
-            "ruff>=0.14", "scikit-image>=0.25", "scipy>=1.13", "setuptools>=77,<82",
+            "ruff>=0.14", "scipy>=1.13", "setuptools>=77,<82",
         ],
         "bench": BENCH,
         "data": DATA,

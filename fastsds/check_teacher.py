@@ -98,11 +98,12 @@ def collect(walk: Walk, teacher: Teacher, student: Student | None, wanted: int) 
         for k, sample in enumerate(batch.ids.tolist()):
             if sample in found or len(found) == wanted:
                 continue
-            swapped = batch.negatives[k] if batch.negatives else swapped_caption(batch.captions[k])
-            if swapped is None:
+            right = batch.captions[k]
+            swapped = batch.negatives[k] if batch.negatives else swapped_caption(right)
+            if swapped is None or len(teacher.tokens([right, swapped]).unique(dim=0)) == 1:  # the same as far as it reads
                 left_out += 1
                 continue
-            found[sample] = batch.captions[k], swapped
+            found[sample] = right, swapped
             chosen.append(k)
             seen += made and bool(batch.visits[k])
         if chosen:

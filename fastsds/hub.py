@@ -62,7 +62,7 @@ def reach(repo: str, name: str, where: str, missing: str | None = None) -> None:
         raise ConfigError(f"{where}: the hub has no {repo}, or it is closed to this machine's token") from error
     except Exception as error:  # of whatever kind the network's library has
         off = isinstance(error, OfflineModeIsEnabled)
-        why = "HF_HUB_OFFLINE is set" if off else f"the hub cannot be reached ({first_line(error)})"
+        why = "the hub is not to be asked" if off else f"the hub cannot be reached ({first_line(error)})"
         raise ConfigError(
             f"{where}: {missing or name} of {HUB}{repo} is not on this disk, and {why}: fetch it where there is a network "
             f"(hf download {repo}), or name a local folder"

@@ -26,6 +26,7 @@ ENGINES = {  # name: (ZeRO stage, the bucket's elements, overrides of the recipe
     "1 bf16, one micro-step": (1, FIT, ["precision=bf16", "data.accumulation=1", "teacher.micro_batch=4"]),
     "1 8-bit, DeepSpeed's own bucket": (1, None, ["optimizer.name=adamw8bit"]),
     "2 fp32, a small bucket": (2, 4096, []),
+    "2 fp32, one micro-step": (2, FIT, ["data.accumulation=1"]),
     "2 bf16": (2, FIT, ["precision=bf16", "loss.gradient=full", "loss.negatives=swapped"]),
     "3 fp32": (3, FIT, ["student.checkpoint=true"]),
     "3 layernorm, 8-bit bf16": (3, FIT, ["student.tune=layernorm", "optimizer.name=adamw8bit", "precision=bf16"]),

@@ -41,6 +41,10 @@ from fastsds.testing import alphas_cumprod
     ("  The cup stands to the left of the plate", "  The plate stands to the left of the cup"),
     ("A person is walking a dog on a leash", "A person is walking a leash on a dog"),
     ("A cat on top of a car, at night", "A car on top of a cat, at night"),
+    ("a dog on the left of a cat", "a cat on the left of a dog"),
+    ("A cup is on the right side of the plate", "The plate is on the right side of a cup"),
+    ("a tall man and a European woman in a car", "a European man and a tall woman in a car"),
+    ("an hour hand next to a red dial", "a red hand next to an hour dial"),
 ])  # fmt: skip
 def test_a_swapped_caption_is_another_scene_in_the_same_words(caption, swapped):
     assert swapped_caption(caption) == swapped
@@ -51,7 +55,8 @@ def test_a_swapped_caption_is_another_scene_in_the_same_words(caption, swapped):
 @pytest.mark.parametrize("caption", [
     "", "dogs", "a man and a woman", "A cat and a cat", "A bowl of soup with bread", "A black and white cat sits on a laptop",
     "Man walking down the street", "a clock that is on the side of a tower", "A plate with a sandwich and fries",
-    "The very old and very tired brown dog of my neighbour on a chair", "on the table", "a train next to",
+    "The very old and very tired brown dog of my neighbour on a chair", "A plate with a salad on it",
+    "they sit on it", "on the table", "a train next to",
 ])  # fmt: skip
 def test_captions_that_the_rule_leaves_alone(caption):
     """B and A is the same scene as A and B; what is no noun phrase is not moved."""
@@ -384,6 +389,17 @@ def test_captions_of_a_users_own_data_are_swapped_by_the_rule(untrained, photogr
     assert len({row["id"] for row in rows}) == 12
     for row in rows:
         assert row["swapped"] == swapped_caption(row["right"]) and row["another's"] not in (row["right"], row["swapped"])
+
+
+def test_a_swap_that_the_text_encoder_does_not_read_is_left_out(untrained, photographs, tmp_path, capfd):
+    """Past its last token right and swapped are one caption, and each of its ties would count against the teacher."""
+    lines = photographs.read_text().splitlines()
+    assert lines[1].startswith("0.png")
+    lines[1] = "0.png\t" + "dogs, " * 90 + "a cat on a mat"
+    photographs.write_text("\n".join(lines) + "\n")
+    sets = [f"data.source={photographs}", f"output={tmp_path / 'run'}"]
+    run(untrained, "--pairs", 50, "--bands", 2, "--draws", 1, "--out", tmp_path / "rows.jsonl", sets=sets)
+    assert "11 pairs, 3 captions left out" in capfd.readouterr().out
 
 
 def test_pairs_are_others_than_those_that_the_head_was_made_from(untrained, tmp_path):

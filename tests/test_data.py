@@ -417,7 +417,7 @@ def test_bad_files(photographs, tmp_path):
     with pytest.raises(ConfigError, match="UTF-8"):
         opened(photographs)
     (tmp_path / "folder.tsv").mkdir()
-    with pytest.raises(ConfigError, match=r"folder\.tsv: Is a directory"):
+    with pytest.raises(ConfigError, match=r"folder\.tsv: no images with captions in it"):  # a folder is one of images
         opened(tmp_path / "folder.tsv")
 
 

@@ -10,8 +10,8 @@ import pytest
 import runs
 import tiny
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from reload import CAPTIONS, agree, open_clip_says, transformers_says
 from safetensors.torch import load_file, save_file
 
 from fastsds import cli, export
@@ -36,7 +36,6 @@ KINDS = {
         "model_cfg.text_cfg.context_length": 77, "model_cfg.text_cfg.layers": 2,
     },
 }  # fmt: skip
-CAPTIONS = ["a blue cross above a white ring", "two " * 90, "Où est l'œuf? 100 % «naïf»", "x"]
 
 
 def changed(config: dict, changes: dict) -> dict:
@@ -96,42 +95,6 @@ def run(tmp_path_factory):
 
 def command(source, to, out, *more) -> int:
     return cli.main(["export", str(source), "--to", to, "--out", str(out), *more])
-
-
-@torch.no_grad()
-def open_clip_says(folder, captions=CAPTIONS):
-    """(image, text, logits) of plain open_clip."""
-    import open_clip
-
-    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    size, _ = open_clip.transform.to_2tuple(model.visual.image_size)
-    pixels = torch.stack([preprocess(picture) for picture in pictures(size)])
-    image, text, scale = model.eval()(pixels, open_clip.get_tokenizer(f"local-dir:{folder}")(captions))
-    return image, text, scale * image @ text.T
-
-
-@torch.no_grad()
-def transformers_says(folder, captions=CAPTIONS):
-    from transformers import AutoProcessor, CLIPModel
-
-    model, processor = CLIPModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    size = model.config.vision_config.image_size
-    inputs = processor(images=pictures(size), text=captions, return_tensors="pt", padding=True, truncation=True)
-    out = model(**inputs)
-    return out.image_embeds, out.text_embeds, out.logits_per_image
-
-
-def pictures(size: int) -> list:
-    generator = np.random.default_rng(7)
-    return [Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(3)]
-
-
-def agree(ours, theirs) -> None:
-    for a, b in zip(ours[:2], theirs[:2], strict=True):
-        assert F.cosine_similarity(a, b).min() > 1 - 1e-5 and (a - b).abs().max() < 1e-5
-    assert (ours[0] @ ours[1].T - theirs[0] @ theirs[1].T).abs().max() < 1e-5
-    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-4, atol=1e-4)
-    assert ours[1].std(dim=0).min() > 1e-3  # captions differ
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -391,7 +354,7 @@ def test_a_wrong_weight_fails_the_export_and_nothing_is_left(students, tmp_path,
         return model, processor
 
     monkeypatch.setattr(hf, "to_transformers", wrong)
-    assert command(students("quick_gelu"), "hf", tmp_path / "out") == 2
+    assert command(students("quick_gelu"), "hf", tmp_path / "folders" / "of its" / "out") == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and "differs from the student's by" in error[0]
     assert not list(tmp_path.iterdir())

@@ -165,6 +165,16 @@ def test_one_file_of_two_ids_is_one_image(taken, tmp_path):
     assert opened(**data).captions == [(*taken[0].captions, "again"), *(tuple(photo.captions) for photo in taken[1:3])]
 
 
+@pytest.mark.parametrize("name", ["coco", "tsv"])
+def test_a_name_that_no_file_can_have_is_one_damaged_image(taken, tmp_path, name):
+    data = photos.FORMATS[name](tmp_path / "x", taken[:4])
+    text = data["source"].read_text()
+    data["source"].write_text(text.replace(taken[1].name, {"coco": r"\u0000", "tsv": "\0"}[name] + taken[1].name))
+    with pytest.raises(ConfigError, match="1 of 4 images cannot be used(.|\n)*null byte"):
+        opened(**data)
+    assert set(everything(opened(**data, max_skipped=0.5)).damaged) == {1}
+
+
 # -- a folder ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +230,8 @@ def test_a_saved_data_set_says_which_columns_and_rows_it_cannot_use(tmp_path):
     (tmp_path / "c" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(ConfigError, match=r"c is no whole data set of save_to_disk"):
         opened(tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"e is no whole data set of save_to_disk"):  # of no rows it writes no file
+        opened(saved(tmp_path / "e", image=[], text=[]))
     folder = saved(tmp_path / "d", image=[Image.new("RGB", (9, 9)), None, Image.new("RGB", (9, 9))], text=["x", "y", None])
     with pytest.raises(ConfigError, match=r"2 of 3 images(.|\n)*row 1: no image in it\n  row 2: no caption"):
         opened(folder)

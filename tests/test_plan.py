@@ -1,6 +1,8 @@
 """`fastsds plan` against what real runs hold: engines, activations, optimizer state, a bank on disk; FLOP against formulas."""
 
+import io
 import json
+import tarfile
 
 import plan_counts
 import pytest
@@ -22,7 +24,7 @@ from fastsds.student import make_student
 from fastsds.teacher import accelerate_unet
 
 CLOSE = 0.05
-ALONE = ("0 bf16", "2 fp32, a small bucket", "3 fp32")  # of the engines, those that one rank tries, too
+ALONE = ("0 bf16", "2 fp32, a small bucket", "2 fp32, one micro-step", "3 fp32")  # of the engines, what one rank tries, too
 
 
 def engine(**changes):
@@ -294,6 +296,14 @@ def test_flop_of_a_step(world):
     assert sparse.flop["unet"] == world.flop["unet"] / 4
 
 
+def test_counting_flop_leaves_nothing_behind():
+    """A plan asks for bytes, then FLOP, then bytes of other batches: gradients of the second are not there in the third."""
+    whole = Planner(config.load_recipe(None, ["loss.lambda=0", "data.accumulation=1"]), gpu=False).student
+    again = Planner(config.load_recipe(None, ["loss.lambda=0", "data.accumulation=1"]), gpu=False).student
+    again.flop(1)
+    assert again.use(2).peak == pytest.approx(whole.use(2).peak, rel=1e-3)  # but for constants
+
+
 # -- the bank ----------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +318,17 @@ def test_bytes_of_a_bank_on_disk(tmp_path):
     assert planner.rows == 300
     assert planner.bank["bytes"] == pytest.approx(sum(f.stat().st_size for f in files), rel=CLOSE)
     assert planner.running == () and planner.flop.keys() == {"student", "contrast"}
+
+
+def test_bytes_while_a_bank_is_built(tmp_path):
+    """The captions' embeddings that the teacher keeps are there, too."""
+    from fastsds.teacher import bank
+
+    sets = ["loss.gradient=amortised", "data.samples=200", "bank.draws=1", f"bank.path={tmp_path}", "teacher.attention=keep"]
+    planner = Planner(config.load_recipe(None, sets), gpu=False)
+    with Live() as live:
+        assert bank.main(["build", *runs.sets(*sets)]) == 0
+    assert planner.bank["peak"] == pytest.approx(live.peak, rel=0.02)
 
 
 # -- what fits ---------------------------------------------------------------------------------------------------------
@@ -340,6 +361,34 @@ def test_micro_batches_and_checkpoints_lower_the_peak(world):
     assert world.phases(32, 4).ask < world.phases(32, 0).ask
     assert lean.phases(32, 0).ask < world.phases(32, 0).ask
     assert lean.flop["unet"] > world.flop["unet"]  # blocks run again
+
+
+@pytest.mark.parametrize("init", ("ridge", "warmup"))
+def test_bytes_of_the_heads_start(tmp_path, init):
+    """Beside a real one: two sums in float64, or the head's gradients and AdamW's moments, besides what is asked."""
+    from fastsds.data.loader import Loader
+    from fastsds.data.sources import open_source
+    from fastsds.recipes.head import init_head
+    from fastsds.teacher import Teacher
+
+    sets = ["data.batch=8", "data.samples=64", "head.samples=32", "head.warmup_steps=2", "teacher.attention=keep"]
+    recipe = config.load_recipe(None, [*sets, f"head.init={init}", f"output={tmp_path}"])
+    planner = Planner(recipe, gpu=False)
+    with Live() as live:
+        teacher = Teacher.of(recipe, torch.device("cpu"), planner.loaded)
+        student, _ = make_student(recipe.student, teacher.latent_shape)
+        source = open_source(recipe.data)
+
+        def batches(first, cursors):
+            return Loader(
+                source, batch=8, streams=64, seed=0, image_size=student.image_size, tokenize=student.tokenize,
+                teacher_size=teacher.image_size, first=first, cursors=cursors,
+            )  # fmt: skip
+
+        live.peak = live.now
+        init_head(student, teacher, batches, recipe, source)
+        planner.captions = sum(row.numel() * row.element_size() for row in teacher._captions.values())
+    assert planner.phases(8, 0).start == pytest.approx(live.peak, rel=0.01)
 
 
 def test_the_heads_start_asks_about_whole_batches():
@@ -392,6 +441,41 @@ def test_8bit_adam_pays_where_everything_trains(capsys):
         found = json.loads(run(capsys, "--json", *runs.sets(*sets, f"student.tune={tune}")).out)
         said[tune] = " ".join(found["notes"])
     assert "it pays" in said["all"] and "hardly pays" in said["layernorm"]
+
+
+def test_no_batch_is_larger_than_the_images(tmp_path):
+    """Of two images with three captions each: pairs make a bank, images a batch."""
+    (tmp_path / "a.tsv").write_text("filepath\ttitle\n" + "".join(f"{n}.png\t{said}\n" for n in "ab" for said in "xyz"))
+    for name in "ab":
+        (tmp_path / f"{name}.png").touch()
+    planner = Planner(config.load_recipe(None, [f"data.source={tmp_path / 'a.tsv'}", "loss.lambda=0"]), gpu=False)
+    assert (planner.rows, planner.images, planner.largest_batch(1e12)) == (6, 2, 2)
+
+
+def test_shards_of_a_pattern_are_counted_where_they_are(tmp_path):
+    for k in range(2):
+        with tarfile.open(tmp_path / f"{k}.tar", "w") as archive:
+            for member in (f"{k}.png", f"{k}.txt"):
+                about = tarfile.TarInfo(member)
+                about.size = 1
+                archive.addfile(about, io.BytesIO(b"x"))
+    rows = {}
+    for last in (1, 2):
+        source = f"data.source={tmp_path}/{{0..{last}}}.tar"
+        rows[last] = Planner(config.load_recipe(None, [source, "loss.lambda=0"]), gpu=False).rows
+    assert rows == {1: 2, 2: None}
+
+
+def test_a_pipe_is_not_taken_for_shards_and_has_no_bank(capsys, tmp_path):
+    sets = ("data.source='pipe:cat {0..1}.tar'", "loss.gradient=amortised", f"bank.path={tmp_path}")
+    assert "no bank is made of it" in run(capsys, *runs.sets(*sets)).out
+
+
+def test_a_students_configuration_is_not_fetched(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *where, **how: pytest.fail(f"asked {where}"))
+    with pytest.raises(ConfigError, match="is not on this disk, and the hub is not to be asked"):
+        command.main(["--set", "student.model=hf-hub:nobody/nothing"])
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ def test_tables_are_the_files(root):
 
 
 def test_links_lead_somewhere(root):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (root / "README.md").read_text(encoding="utf-8")):
-        assert (root / target).exists(), target
+    """Of the README and of every page."""
+    for page in (root / "README.md", *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.relative_to(root)}: {target}"
 
 
 def test_the_photographs_of_the_readme_train_and_leave_the_house(root, tmp_path):

@@ -52,6 +52,20 @@ def test_what_makes_a_sample(tmp_path, taken):
         opened(path)
 
 
+def test_text_that_is_not_as_it_should_be_ends_no_run(tmp_path, taken):
+    """A byte order mark, an emoji of which half was cut off, brackets without end."""
+    image, deep = taken[0].content, b"[" * 100_000
+    path = photos.plain_tar(tmp_path / "x.tar", {
+        "a.jpg": image, "a.txt": "\ufeffmarked".encode(), "b.jpg": image, "b.json": '\ufeff{"caption": "marked"}'.encode(),
+        "c.jpg": image, "c.json": b'{"caption": "half \\ud83d of it"}', "d.jpg": image, "d.json": deep,
+    })  # fmt: skip
+    found = listing(path)
+    said = {key: captions for key, (captions, _) in found.items()}
+    assert said == {"a": ("marked",), "b": ("marked",), "c": ("half ? of it",), "d": ()}
+    assert [key for key, (_, why) in found.items() if why] == ["d"] and "json: maximum recursion" in found["d"][1]
+    assert set(everything(opened(path, max_skipped=0.5)).damaged) == {3}
+
+
 def test_two_files_of_one_name_are_no_sample(tmp_path, taken):
     image = taken[0].content
     pairs = [{f"{key}.jpg": image, f"{key}.txt": b"x"} for key in "aab"]

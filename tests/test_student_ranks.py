@@ -6,7 +6,10 @@ import pytest
 import runs
 import tiny
 import torch
+from reload import agree as equal
+from reload import open_clip_says, transformers_says
 
+from fastsds import cli
 from fastsds.student import read_student
 
 EQUAL = 1e-5  # the order of summation is all that differs
@@ -105,3 +108,17 @@ def test_what_does_not_train_is_saved_bit_for_bit(base, two, name):
         end = read_student(two[f"{name}_{stage}"] / "student")
         assert all(torch.equal(start[k], end[k]) for k in frozen)
         assert any(not torch.equal(start[k], end[k]) for k in start)
+
+
+@pytest.mark.parametrize("name, to", [
+    ("vit", "open_clip"), ("vit", "hf"), ("vit_lora", "open_clip"), ("vit_lora", "hf"), ("resnet", "open_clip"), ("clip", "hf"),
+    ("siglip", "hf"), ("siglip_lora", "hf"),
+])  # fmt: skip
+def test_what_two_ranks_trained_leaves_the_house(two, tmp_path, name, to):
+    """Exported, and reloaded by the library: the student's features."""
+    says = {"open_clip": open_clip_says, "hf": transformers_says}
+    own = "open_clip" if name in ("vit", "vit_lora", "resnet") else "hf"
+    for stage in (2, 3):
+        run, out = two[f"{name}_{stage}"], tmp_path / str(stage)
+        assert cli.main(["export", str(run), "--to", to, "--out", str(out)]) == 0
+        equal(says[own](run / "student"), says[to](out))

@@ -24,7 +24,7 @@ def read_saved(folder: Path, split: str | None = None) -> Listing:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"data.source: {folder} is no whole data set of save_to_disk: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if len(found) != 1 else next(iter(found)))

@@ -52,18 +52,22 @@ def of_files(folder: Path, said: dict[str, list[str]], flat: bool = False) -> Li
         paths.append(path)
         try:
             sizes.append(path.stat().st_size)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a zero byte in it
             sizes.append(0)
-            damaged[i] = f"{path}: {error.strerror}"
+            damaged[i] = f"{path}: {getattr(error, 'strerror', None) or error}"
     return Listing(names, [texts(found) for found in said.values()], sizes, lambda i: paths[i].read_bytes(), damaged)
 
 
 def texts(value: str | list[str] | None) -> tuple[str, ...]:
-    """Captions as a file gives them, without blank and repeated ones. Raises: ValueError if they are anything else."""
+    """Captions as a file gives them, without blank and repeated ones, half a surrogate pair a question mark.
+
+    Raises: ValueError if they are anything else.
+    """
     found = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise ValueError(f"{value!r:.60} is no caption: expected a text or a list of texts")
-    return tuple(dict.fromkeys(text.strip() for text in found if text.strip()))
+    whole = (text.encode(errors="replace").decode() for text in found)
+    return tuple(dict.fromkeys(text.strip() for text in whole if text.strip()))
 
 
 class Images(Source):

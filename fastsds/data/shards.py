@@ -150,11 +150,11 @@ def _said(sample: dict, content: Callable) -> tuple[str, ...]:
         if suffix not in sample:
             continue
         try:
-            found = content(sample[suffix]).decode()
+            found = content(sample[suffix]).decode("utf-8-sig")
             if suffix == "json":
                 found = json.loads(found)
                 found = next((found[key] for key in ("caption", "text") if key in found), None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{suffix}: {error}") from None
         if said := texts(found):
             return said

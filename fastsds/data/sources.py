@@ -53,6 +53,18 @@ def open_source(data, seed: int = 0) -> Source:
     return source
 
 
+def on_disk(source: str) -> bool:
+    """Whether the file, the folder or every shard that a `data.source` names is there."""
+    if source.startswith(PIPE):
+        return False
+    if "{" not in source:
+        return Path(source).exists()
+    _need("webdataset", source)
+    from fastsds.data.shards import expand
+
+    return all(Path(name).exists() for name in expand(source))
+
+
 def list_images(data) -> Listing:
     """The images of a file, a folder or shards. Raises: ConfigError."""
     path, images, kind = Path(data.source), None if data.images is None else Path(data.images), _kind(data.source)

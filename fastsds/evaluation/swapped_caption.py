@@ -6,22 +6,24 @@ A caption is read as  ... A link B ...  at the first of its links, a word or two
     symmetric    and, next to, beside, with     their modifiers do, because  "a red cat and a dog"  ->  "a cat and a red dog"
                                                 B and A are the same scene
 
-A noun phrase has four words at most. It begins after a lead-in ("there is", "a photo of"), a link, a verb or a stop, and ends
-before the next; it has an article or number where the link is symmetric or follows another. Modifiers stand between article
-and last word. An auxiliary and a verb before a link belong to it ("is sitting on"). All else stays where it is. There is no
-dictionary: a verb is what ends in -ing, and a few words more.
+A noun phrase has four words at most and is no pronoun. It begins after a lead-in ("there is", "a photo of"), a link, a verb or
+a stop, and ends before the next; it has an article or number where the link is symmetric or follows another. Modifiers stand
+between article and last word. An auxiliary and a verb before a link belong to it ("is sitting on"). All else stays where it
+is. There is no dictionary: a verb is what ends in -ing, and a few words more.
 """
 
 import re
 
 DIRECTED = (
-    "to the left of", "to the right of", "left of", "right of", "on top of", "in front of", "on the back of", "inside of",
+    "to the left of", "to the right of", "on the left of", "on the right of", "on the left side of", "on the right side of",
+    "left of", "right of", "on top of", "in front of", "on the back of", "inside of",
     "above", "behind", "below", "beneath", "in", "inside", "on", "onto", "over", "under", "underneath",
 )  # fmt: skip
 DIRECTED_VERBS = ("carrying", "chasing", "feeding", "holding", "hugging", "pulling", "pushing", "riding", "towing", "wearing")
 SYMMETRIC = ("and", "next to", "beside", "near", "by", "with", "alongside", "close to")
 ARTICLES = ("a", "an", "the", "some", "one", "two", "three", "four", "five", "several", "many", "his", "her", "its", "their")
 PICTURES = ("photo", "photograph", "picture", "image", "painting", "drawing", "view", "close up", "close-up", "closeup")
+NO_THINGS = (*ARTICLES, "it", "them", "him", "her", "me", "us", "you", "he", "she", "they", "we", "top", "each", "other")
 STOPS = (
     "that", "which", "who", "while", "as", "at", "for", "from", "to", "into", "through", "down", "up", "along", "across",
     "around",
@@ -60,7 +62,7 @@ def swapped_caption(caption: str) -> str | None:
         ends = [found.start() for found in (_LINK.search(caption, begin), _STOP.search(caption, begin)) if found]
         end = min(ends, default=len(caption.rstrip()))
         first, second = caption[at : link.start()], caption[begin:end]
-        if not all(0 < len(phrase.split()) <= WORDS for phrase in (first, second)):
+        if not all(0 < len(phrase.split()) <= WORDS and phrase.lower() not in NO_THINGS for phrase in (first, second)):
             continue
         if (follows or link["symmetric"]) and not _PHRASE.fullmatch(first)["article"]:
             continue
@@ -81,14 +83,15 @@ def _modifiers_exchanged(first: str, second: str) -> tuple[str, str] | None:
     of_nouns = re.search(r"\bof\b", f"{first} {second}")
     if of_nouns or not b["article"] or a["modifiers"].lower() == b["modifiers"].lower():
         return None
-    return _phrase(a, b["modifiers"]), _phrase(b, a["modifiers"])
+    return _phrase(a, b), _phrase(b, a)
 
 
-def _phrase(found: re.Match, modifiers: str) -> str:
-    """The noun phrase with other modifiers; `a` before a consonant, `an` before a vowel."""
-    article, rest = found["article"], modifiers + found["noun"]
+def _phrase(found: re.Match, other: re.Match) -> str:
+    """The noun phrase with the other's modifiers; `a` or `an` as it stood before them there, or else by the first letter."""
+    article, rest = found["article"], other["modifiers"] + found["noun"]
     if article.lower() in ("a", "an"):
-        article = article[0] + "n" * (rest[0].lower() in "aeiou")
+        known = other["modifiers"] and other["article"].lower() in ("a", "an")
+        article = article[0] + (other["article"][1:] if known else "n" * (rest[0].lower() in "aeiou"))
     return f"{article} {rest}"
 
 

@@ -9,6 +9,7 @@ what has its name is right.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -49,6 +50,7 @@ def export(origin: Origin, to: str, out: Path, head: bool = False) -> float:
         raise ConfigError(f"--head: {origin.student} has no {HEAD_FILE}")
     source = "open_clip" if (origin.student / CONFIG_FILE).is_file() else "hf"
     partial = out.with_name(f".partial_{out.name}")
+    made = [folder for folder in out.parents if not folder.exists()]  # from the innermost
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -71,6 +73,9 @@ def export(origin: Origin, to: str, out: Path, head: bool = False) -> float:
         raise ConfigError(f"--out: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # done, or something else lies in it
+            for folder in made:
+                folder.rmdir()
     return worst
 
 

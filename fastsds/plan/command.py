@@ -10,8 +10,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fastsds import config
+from fastsds import config, hub
 from fastsds.config import ConfigError, Recipe
+from fastsds.data.sources import PIPE
 from fastsds.plan.cards import CARDS, FILLED
 from fastsds.plan.planner import Planner
 from fastsds.plan.states import not_counted
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
     deepspeed = config.load_deepspeed(asked.config) if asked.config else None
     config.check(_without_missing(recipe), asked.ranks, deepspeed)
     say = lambda what: line.say(f"plan: {what} ({clock(time.monotonic() - began)})")  # noqa: E731
-    found = summary(Planner(recipe, deepspeed, asked.ranks, asked.card != "cpu", asked.samples, say), asked, deepspeed)
+    with hub.offline():
+        found = summary(Planner(recipe, deepspeed, asked.ranks, asked.card != "cpu", asked.samples, say), asked, deepspeed)
     line.end()
     print(json.dumps(found, indent=1) if asked.json else table(found))
     return 0
@@ -161,7 +163,10 @@ def notes(planner: Planner, asked: argparse.Namespace, deepspeed: dict | None, s
         said.append(f"not counted: {', '.join(names)}; the activations are those of eager torch")
     if asked.card in CARDS and recipe.precision != "bf16" and not asked.peak_tflops:
         said.append("no images/s: a card's peak here is bf16's, and the recipe computes in fp32; give --peak-tflops")
-    if planner.rows is None and planner.recipe.loss.gradient == "amortised":
-        said.append(f"{recipe.data.source} is not on this disk: --samples N gives the bank's size")
+    if planner.rows is None and recipe.loss.gradient == "amortised":
+        pipe = recipe.data.source.startswith(PIPE)
+        absent = "is not on this disk: --samples N gives the bank's size"
+        why = "is read in its own order: no bank is made of it" if pipe else absent
+        said.append(f"{recipe.data.source} {why}")
     return said
 

@@ -83,9 +83,13 @@ class StudentSizes:
     def _use(self, n: int) -> Use:
         with self.mode:
             found = use(lambda: self._forward(n), self._backward)
+        self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Gradients that the engine would not have when the next backward pass begins."""
         if self.engine.grows:
             self.student.zero_grad()
-        return found
 
     def look(self, n: int) -> int:
         """The peak of the image tower's forward pass alone, nothing kept."""
@@ -109,7 +113,9 @@ class StudentSizes:
     def flop(self, n: int) -> int:
         """FLOP of forward and backward of n images, without the contrastive loss."""
         with self.mode:
-            return count_flop(lambda: self._backward(self._forward(n)))
+            found = count_flop(lambda: self._backward(self._forward(n)))
+        self._forget()
+        return found
 
     def contrast_flop(self, n: int) -> int:
         with self.mode:

@@ -10,10 +10,10 @@
 import functools
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from fastsds import sharding
 from fastsds.config import ConfigError, Recipe
+from fastsds.data.sources import on_disk, open_source
 from fastsds.plan.models import StudentSizes, TeacherSizes
 from fastsds.plan.states import Engine, Held, held, zero_section
 from fastsds.recipes.sds_clip import teacher_parts
@@ -67,7 +67,7 @@ class Planner:
             self.teacher = TeacherSizes(recipe, gpu)
         say("the student, without its weights")
         self.student = StudentSizes(recipe, self.engine, self.teacher and self.teacher.latent_shape)
-        self.rows = self._rows(samples)
+        self.rows, self.images = (samples, samples) if samples is not None else self._counted()
 
     # Bytes.
 
@@ -85,9 +85,10 @@ class Planner:
 
     @functools.cached_property
     def captions(self) -> int:
-        """Bytes of the captions' embeddings that the teacher keeps."""
-        if "text" not in self.loaded:
-            return 0
+        """Bytes of the captions' embeddings that the teacher keeps while it trains."""
+        return self._kept_captions() if "text" in self.loaded else 0
+
+    def _kept_captions(self) -> int:
         row = math.prod(self.teacher.text_shape) * self.teacher.dtype.itemsize
         return min(CACHE_BYTES // row, self.rows or CACHE_BYTES) * row
 
@@ -126,8 +127,9 @@ class Planner:
         forward = between + kept + use.held + contrast.held
         diagnosed = contrast.peak + (4 * self.head_elements if engine.width < 4 else 0)  # in every log_every-th step
         ask = forward + max(self.asked(micro or mine), diagnosed if self.teacher else 0)
-        running = between + own.gathered + own.bucket + (0 if engine.grows else own.gradients)
         late = engine.zero is None or sum(map(sum, self.student.groups)) > engine.zero.reduce_bucket_size
+        alone = engine.grows or (engine.stage == 2 and not several and not late)  # cut out of one bucket at the end
+        running = between + own.gathered + own.bucket + (0 if alone else own.gradients)
         backward = running + max(use.held + contrast.peak, use.peak) + (own.second if late else 0)
         backward = max(backward, between + own.gathered + own.bucket + own.gradients + own.second + own.reduced)
         return Phases(between, ask, backward, between + own.stepping, self._start(batch, micro))
@@ -145,10 +147,10 @@ class Planner:
         looked = self.student.look(batch) * 4 // self.engine.width
         if init == "warmup":
             asked = self.teacher.predict(micro or batch).peak if "unet" in self.loaded else 0
-            return peak + self.captions + max(looked, asked)
+            return peak + self.captions + 3 * 4 * self.head_elements + max(looked, asked)  # its gradients and AdamW's moments
         width, outputs = self.student.width + 1, math.prod(self.teacher.latent_shape)
         asked = self.teacher.encode(batch).peak if "vae" in self.loaded else 0
-        return peak + 8 * width * (width + outputs) + max(looked, asked)
+        return peak + 2 * 8 * width * (width + outputs) + max(looked, asked)  # two sums
 
     # What fits.
 
@@ -156,7 +158,7 @@ class Planner:
         """The largest data.batch at teacher.micro_batch as it is; 0 where none fits."""
         micro = self.recipe.teacher.micro_batch
         step = self.engine.ranks * (micro if micro and self.recipe.loss.gradient != "amortised" else 1)
-        top = min(TOP, self.rows or TOP) // step
+        top = min(TOP, self.images or TOP) // step
         guess = max(1, self.recipe.data.batch // step)
         return step * largest(lambda k: self.phases(k * step, micro).peak, limit, top, guess) if top else 0
 
@@ -202,25 +204,21 @@ class Planner:
         chunk = recipe.teacher.micro_batch or CHUNK
         peak = max(teacher.encode(chunk).peak, teacher.embed().peak, teacher.answer(chunk).peak)
         found = {"row": row, "bytes_a_row": sum(row.values()), "flop_a_row": a_row, "rows": self.rows}
-        found["peak"] = peak + self.captions + sum(teacher.weights(part) for part in ("unet", "text", "vae"))
+        found["peak"] = peak + self._kept_captions() + sum(teacher.weights(part) for part in ("unet", "text", "vae"))
         if self.rows:
             found |= {"bytes": self.rows * sum(row.values()), "flop": self.rows * a_row}
         return found
 
-    def _rows(self, samples: int | None) -> int | None:
-        """Image-caption pairs: as told, of the data on this disk, or of data.samples."""
+    def _counted(self) -> tuple[int | None, int | None]:
+        """Image-caption pairs and images of the data on this disk, or data.samples of each."""
         data = self.recipe.data
-        if samples is not None:
-            return samples
-        if data.source == "world" or Path(data.source).exists():
-            from fastsds.data.sources import open_source
-
-            if data.source == "world" and data.samples is None:
-                return None  # endless
-            self.say(f"the rows of {data.source}")
-            source = open_source(replace(data, cache=None, workers=0), self.recipe.seed)
-            return source.rows if hasattr(source, "__len__") else None
-        return data.samples
+        if data.source == "world" and data.samples is None:
+            return None, None  # endless
+        if data.source != "world" and not on_disk(data.source):
+            return data.samples, data.samples
+        self.say(f"the rows of {data.source}")
+        source = open_source(replace(data, cache=None, workers=0), self.recipe.seed)
+        return source.rows, len(source)
 
 
 def largest(peak, limit: float, top: int, guess: int) -> int:

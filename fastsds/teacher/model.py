@@ -74,6 +74,13 @@ class Teacher:
         for module in self.modules():
             yield from module.parameters()
 
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """Captions as the text encoder reads them: padded, or cut, to its length. Shapes: [N] strings -> int64 [N, L]."""
+        self._need("text_encoder")
+        length = self.tokenizer.model_max_length
+        found = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return found.input_ids
+
     @torch.no_grad()
     def embed(self, captions: list[str]) -> torch.Tensor:
         """The text encoder's last hidden state, cached per caption. Shapes: [N] strings -> [N, L, D].
@@ -86,15 +93,8 @@ class Teacher:
         for start in range(0, len(missing), TEXT_CHUNK):
             chunk = missing[start : start + TEXT_CHUNK]
             padded = chunk + [""] * (TEXT_CHUNK - len(chunk))
-            ids = self.tokenizer(
-                padded,
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
             with self._plain():
-                hidden = self.text_encoder(ids.to(self.device))[0]
+                hidden = self.text_encoder(self.tokens(padded).to(self.device))[0]
             rows = [row.clone() for row in hidden[: len(chunk)]]  # a row apart is freed alone
             fresh.update(zip(chunk, rows, strict=True))
         rows = [fresh[c] if c in fresh else self._captions[c] for c in captions]
