@@ -130,9 +130,10 @@ def measure(folder: Path, teacher, suite: Suite, command: str) -> list[dict]:
         if steps == CORRECTED:
             rows.append(_corrected(teacher, suite, items, terms))
         rows += rows_of(suite, items, terms)
+        settings = {name: value for name, value in scorer.settings.items() if name != "steps"}
         about = (
             f"`{command}`, commit {source['commit']}, torch {source['versions']['torch']}, {source['machine']}; {len(items):,} "
-            f"items of {suite.name}; settings, but for the draws: {json.dumps(scorer.settings)}."
+            f"items of {suite.name}; settings {json.dumps(settings)}."
         )
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (folder / "table.md").write_text(table(rows, about), encoding="utf-8")
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> None:
     from fastsds.teacher import Teacher
 
     suite = load_suite(asked.suite, asked.data, asked.items)
-    measure(asked.folder, Teacher.load(asked.teacher, device()), suite, shlex.join([parser.prog, *argv]))
+    measure(asked.folder, Teacher.load(asked.teacher, device()), suite, f"{parser.prog} {shlex.join(argv)}")
 
 
 if __name__ == "__main__":
