@@ -117,6 +117,7 @@ def test_winoground_is_the_same_in_all_its_layouts(tmp_path):
     for path in ("saved", "dict", "hub", "hub/data", "moved", "examples.jsonl"):
         suite = load_suite("winoground", tmp_path / path)
         assert [(i.id, i.captions, i.about) for i in suite.items] == [(i.id, i.captions, i.about) for i in first.items]
+        assert suite.fingerprint() == first.fingerprint()
         for k in (4, 1, 0, 3):
             for side in (0, 1):
                 mode = "RGBA" if (k, side) == (1, 0) else "L" if (k, side) == (1, 1) else "RGB"

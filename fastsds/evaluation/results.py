@@ -66,6 +66,7 @@ class Result:
         """Write both files; `result.json` last, in one piece."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)  # of other rows
         (folder / ITEMS).write_text(_lines(self.rows), encoding="utf-8")
         self._write(folder)
 
