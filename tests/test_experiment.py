@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import released
+import torch
 from experiments import SMALL, writer
 
 from fastsds import jobs
@@ -227,3 +228,14 @@ def test_fewer_seeds_and_some_arms_are_part_of_the_whole(tmp_path):
     for only, words in ((["clop"], "'clop' is not one of clip"), (["clip_same_wall_time", "clip"], "name sds, too")):
         with pytest.raises(ConfigError, match=words):
             load(find("spine"), tmp_path, only=only)
+
+
+def test_a_run_at_a_time_on_each_gpu_or_two_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(command, "device", lambda: torch.device("cpu"))
+    assert command.places() == list(jobs.PLACES) and len(jobs.PLACES) == 2
+    monkeypatch.setattr(command, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert command.places() == [{"CUDA_VISIBLE_DEVICES": k} for k in "012"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    assert command.places() == [{"CUDA_VISIBLE_DEVICES": name} for name in ("2", "GPU-5")]
