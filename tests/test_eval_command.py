@@ -309,6 +309,7 @@ def test_a_scorer_of_ones_own(own, run, refuses, home, here):
         ("own_scorers:bare", "it has no name; expected score.images, captions., name, and settings"),
         ("own_scorers:nothing", "module 'own_scorers' has no attribute"),
         ("nobodys:nothing", "No module named 'nobodys'"),
+        (":nothing", "Empty module name"),
     ):
         refuses(f"--scorer {name}: {pattern}", "--scorer", name, "--suite", "mmvp")
 
@@ -356,6 +357,7 @@ def test_suites_paths_and_options(home, run, refuses, here):
     refuses("--suite: expected one or more of cifar10", "--model", home / "a")
     refuses("--option split=val: expected NAME=VALUE .* that is there .mmvp: items.", *name, "mmvp", "--option", "split=val")
     refuses("--option items=all: expected a whole number", *name, "mmvp", "--option", "items=all")
+    refuses("--option items=--5: expected a whole number", *name, "mmvp", "--option", "items=--5")
     refuses("--option mmvp.items=1: expected NAME=VALUE", *name, "winoground", "--option", "mmvp.items=1")
     refuses("suite mmvp: expected the path of its data", *name, "mmvp", data=False)
     refuses("suite mmvp: .*nowhere does not exist", *name, "mmvp=nowhere")

@@ -393,3 +393,60 @@ def test_two_ranks_go_on_and_stop_together(student, places, two):
     assert first["stopped"][0] == first["coco_retrieval features"][0] - 2
     assert first["fails"] == second["fails"] and "line 4: " in first["fails"] and "not a readable image" in first["fails"]
     assert first["done"] == second["done"] and "result.json is of another suite" in first["done"]
+
+
+class Given:
+    """A scorer that gives what it is told, made of the number of captions and of images."""
+
+    name, settings, batch = "given", {}, 4
+
+    def __init__(self, make, many=None):
+        self.make = make
+        if many is not None:
+            self.score_items = lambda items: [make(len(i.captions), len(i.images)) for i in items][: many(len(items))]
+
+    def score(self, images, captions):
+        return self.make(len(captions), len(images))
+
+
+@pytest.mark.parametrize("name", ["winoground", "coco_retrieval"])
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda c, i: np.full((c, i), np.nan), "NaN"),
+        (lambda c, i: np.ones((c, 1)), r"\[\d+, \d+\] expected, got float64 of shape \[\d+, 1\]"),
+        (lambda c, i: np.ones((c * i,)), "expected, got float64 of shape"),
+        (lambda c, i: "none", "numbers of shape"),
+    ],
+)
+def test_what_a_scorer_must_not_give_is_one_error(name, make, said, places, tmp_path):
+    with pytest.raises(ConfigError, match=f"scorer given: .*{said}"):
+        evaluate(loaded(name, places), Given(make), tmp_path)
+    assert not (tmp_path / ITEMS).exists()
+
+
+@pytest.mark.parametrize("many", [lambda n: n - 1, lambda n: 0])
+def test_scores_of_fewer_items_are_one_error(many, places):
+    with pytest.raises(ConfigError, match="scorer given: scores of 4 items expected, got"):
+        evaluate(loaded("winoground", places), Given(lambda c, i: np.ones((c, i)), many))
+
+
+def test_scores_may_be_bfloat16(places):
+    result = evaluate(loaded("winoground", places), Given(lambda c, i: torch.eye(2, dtype=torch.bfloat16)))
+    assert result.metrics["group"] == 100
+
+
+@pytest.mark.parametrize("text", ["garbage\n", "[]\n"])
+@pytest.mark.parametrize("file", [ITEMS, "result.json"])
+def test_damaged_files_of_a_folder_are_one_error(file, text, places, tmp_path):
+    suite, scorer = loaded("winoground", places), Given(lambda c, i: np.ones((c, i)))
+    evaluate(suite, scorer, tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError, match=f"{file}: not an evaluation's"):
+        evaluate(suite, scorer, tmp_path)
+
+
+@pytest.mark.parametrize("items", [0, -3])
+def test_no_items_are_one_error(items, places):
+    with pytest.raises(ConfigError, match=f"items is {items}, expected at least 1"):
+        load_suite("winoground", *places["winoground"], items=items)

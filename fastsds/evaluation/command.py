@@ -99,9 +99,10 @@ def load_suites(asked: argparse.Namespace) -> list[Suite]:
             there = "; ".join(f"{name}: {', '.join(of)}" for name, of in known.items())
             raise ConfigError(f"--option {text}: expected NAME=VALUE or SUITE.NAME=VALUE of an option that is there ({there})")
         for name in having:
-            if known[name][key] is int and not value.lstrip("-").isdigit():
-                raise ConfigError(f"--option {text}: expected a whole number")
-            options[name][key] = int(value) if known[name][key] is int else value
+            try:
+                options[name][key] = int(value) if known[name][key] is int else value
+            except ValueError as error:
+                raise ConfigError(f"--option {text}: expected a whole number") from error
     return [load_suite(name, path, **options[name]) for name, path in paths.items()]
 
 

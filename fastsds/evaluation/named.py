@@ -74,7 +74,7 @@ def own(text: str, model: str | None):
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--scorer {text}: {error}; expected MODULE:NAME, of a module that Python finds from here") from error
     if isinstance(found, type) or not hasattr(found, "score"):
         found = found() if model is None else found(model)

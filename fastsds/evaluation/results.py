@@ -161,7 +161,7 @@ class Growing:
 
 
 def _same(file: Path, wanted: dict[str, Any]) -> None:
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = _read(file, file.read_bytes())
     for key, value in wanted.items():
         if found.get(key) != value:
             raise ConfigError(
@@ -186,7 +186,17 @@ def _whole_lines(path: Path) -> list[dict]:
     if len(whole) < len(content):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode().splitlines()]
+    return [_read(path, line) for line in whole.splitlines()]
+
+
+def _read(path: Path, text: bytes) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not an evaluation's: {error}; name another folder, or delete it") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: not an evaluation's: an object expected; name another folder, or delete it")
+    return found
 
 
 def _lines(rows: list[dict]) -> str:

@@ -38,7 +38,7 @@ def evaluate(suite: Suite, scorer, folder: Path | str | None = None) -> Result:
 
     Args: scorer: see `scorer.Scorer`. folder: where rows are appended as they come, and the result is written; what was
         stopped there goes on, what is finished is read. None: nothing is written.
-    Raises: ConfigError if the folder holds another evaluation, or an image cannot be read.
+    Raises: ConfigError if the folder holds another evaluation, an image cannot be read, or scores have NaN or another shape.
     """
     ranks, asked = Ranks(), about(suite, scorer)
     where = None if folder is None or ranks.rank else Path(folder)
@@ -207,16 +207,35 @@ class Asked:
 
     def _answer(self, task: Task):
         if task.kind == "images":
-            return _array(self.scorer.encode_images(task.of))
+            return self._checked(self.scorer.encode_images(task.of), (len(task.of), None), f"images from {task.of[0].name} on")
         if task.kind == "texts":
-            return _array(self.scorer.encode_texts(task.of))
+            return self._checked(self.scorer.encode_texts(task.of), (len(task.of), None), f"texts from {task.of[0]!r:.60} on")
         if task.kind == "block":
             images, texts = task.of
-            scores = _array(self.scorer.score(images, [phrasing for text in texts for phrasing in text]))
+            said = [phrasing for text in texts for phrasing in text]
+            found, of = self.scorer.score(images, said), f"images from {images[0].name} on"
+            scores = self._checked(found, (len(said), len(images)), of)
             return pool_scores(torch.from_numpy(scores).double(), [len(text) for text in texts]).numpy()
         if hasattr(self.scorer, "score_items"):
-            return [_array(s) for s in self.scorer.score_items(task.of)]
-        return [_array(self.scorer.score(item.images, item.captions)) for item in task.of]
+            found = list(self.scorer.score_items(task.of))
+        else:
+            found = [self.scorer.score(item.images, item.captions) for item in task.of]
+        if len(found) != len(task.of):
+            raise ConfigError(f"scorer {self.scorer.name}: scores of {len(task.of)} items expected, got {len(found)}")
+        return [
+            self._checked(s, (len(item.captions), len(item.images)), f"item {item.id}")
+            for s, item in zip(found, task.of, strict=True)
+        ]
+
+    def _checked(self, x, shape: tuple[int, int | None], of: str) -> np.ndarray:
+        """What a scorer gave, as an array. shape: what it must have, None: any. Raises: ConfigError, also for NaN."""
+        found, wanted = _array(x), f"[{shape[0]}, {'d' if shape[1] is None else shape[1]}]"
+        if found.ndim != 2 or found.dtype.kind not in "fiub" or found.shape != (shape[0], shape[1] or found.shape[1]):
+            got = f"{found.dtype} of shape {list(found.shape)}"
+            raise ConfigError(f"scorer {self.scorer.name}: {of}: numbers of shape {wanted} expected, got {got}")
+        if np.isnan(found).any():
+            raise ConfigError(f"scorer {self.scorer.name}: {of}: NaN")
+        return found
 
 
 class Ranks:
@@ -253,4 +272,7 @@ def _images(task: Task) -> list:
 
 
 def _array(x) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    if not isinstance(x, torch.Tensor):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()  # numpy has no bfloat16

@@ -341,6 +341,8 @@ def load_suite(name: str, path=None, items: int | None = None, **options) -> Sui
     known = options_of(name)
     if unknown := [option for option in options if option not in known]:
         raise ConfigError(f"suite {name}: unknown option {unknown[0]!r}, expected one of {', '.join(known)}")
+    if items is not None and items < 1:
+        raise ConfigError(f"suite {name}: items is {items}, expected at least 1")
     if name in MADE and path is not None:
         raise ConfigError(f"suite {name}: made here, of no data: expected no path, found {path}")
     if name not in MADE and path is None:
