@@ -100,8 +100,9 @@ def count(stage: int | None, bucket: int | None, overrides: list[str], ranks: in
                 live.peak = live.now
                 engine.backward(loss)
                 phases["backward"] = live.peak
-                live.peak = live.now
                 del loss
+                gc.collect()  # cycles of the backward pass die when Python pleases, which is no part of the step
+                live.peak = live.now
                 engine.step()
             gc.collect()
             phases |= {"step": live.peak, "between": live.now}
