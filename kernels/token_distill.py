@@ -27,6 +27,8 @@ from fastsds import reference
 from fastsds.kernels import launch
 
 MAX_ROW = 8192  # elements of a token, and indices of an instance
+# A thread's at most; left alone, ptxas spills one or two for a block more, in one case of twenty. Not yet measured on a GPU
+REGISTERS = 96
 DISTANCES = {"l1": 0, "l2": 1, "cosine": 2}
 L1, L2, COSINE = (tl.constexpr(i) for i in DISTANCES.values())
 NORM_FLOOR = tl.constexpr(reference.NORM_FLOOR)
@@ -120,8 +122,9 @@ def _token_distill_gradient_kernel(
     upstream = tl.load(scale_ptr) / (_count(chosen, wrong) * denominator)
     o_n = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     m_n, m_i = o_n < s_tokens, (o_i < units * UNIT)[None, :]
-    mine = chosen[None, :] & (n_s[None, :] == o_n[:, None])  # [R, SLOTS]
-    j = tl.min(tl.where(mine, o_k[None, :], SLOTS), 1)  # the first that chose o_n, SLOTS if nobody did
+    # [R, SLOTS]: the slots that chose o_n, SLOTS elsewhere; j: the first of them, SLOTS if nobody did
+    mine = tl.where(tl.where(chosen, n_s, -1).to(tl.int32)[None, :] == o_n[:, None], o_k[None, :], SLOTS)
+    j = tl.min(mine, 1)
     s = _tokens(student_ptr, i_b, o_n, o_i, (j < SLOTS)[:, None] & m_i, student_strides, student_step, UNIT)
     if DISTANCE == COSINE:
         length, turning = _length(s)
@@ -142,7 +145,7 @@ def _token_distill_gradient_kernel(
             g = 2.0 * (s - t) / (units * UNIT)
         w = upstream * _weights(weight_ptr, i_b, j, found, weight_strides, WEIGHTED)
         ds += tl.where(found[:, None], w[:, None] * g, 0.0)
-        j = tl.min(tl.where(mine & (o_k[None, :] > j[:, None]), o_k[None, :], SLOTS), 1)  # the next
+        j = tl.min(tl.where(mine > j[:, None], mine, SLOTS), 1)  # the next
     row = (i_b * out_strides[0] + o_n.to(tl.int64) * out_strides[1]) * UNIT
     o_out = row[:, None] + o_i.to(tl.int64)[None, :] * out_step
     tl.store(out_ptr + o_out, ds.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_i)
@@ -160,12 +163,13 @@ def _launch(kernel, tile, tensors, out, student, teacher, index_s, index_t, weig
     """out: the gradient's tensor, or None for the value's kernel."""
     (batch, tokens, n), (height, blocks, columns, slots) = student.shape, tile
     unit, strides, steps = _strides(*(v for v in (student, teacher, out) if v is not None))
+    block = height * max(columns, slots)
     launch.launch(
         kernel, batch * blocks, student, teacher, index_s, index_t, weight, *tensors,
         tokens, teacher.shape[1], index_s.shape[1], n // unit, blocks, *strides[:2], index_s.stride(), index_t.stride(),
         (0, 0) if weight is None else weight.stride(), *steps[:2], denominator, *strides[2:], *steps[2:],
         UNIT=unit, DISTANCE=DISTANCES[distance], WEIGHTED=weight is not None,
-        ROWS=height, COLUMNS=columns, SLOTS=slots, block=height * max(columns, slots),
+        ROWS=height, COLUMNS=columns, SLOTS=slots, block=block, maxnreg=min(REGISTERS, 8 * 65536 // block),
     )  # fmt: skip
 
 
