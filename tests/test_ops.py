@@ -9,7 +9,8 @@ from fastsds import ops, testing
 from fastsds.kernels import launch
 
 ABAR = testing.alphas_cumprod()
-KERNEL_TESTS = [f"test_{name}.py" for name in ("philox", "noise", "score", "inject", "sid", "norm", "attention", "token_distill", "ops")]
+KERNELS = ("philox", "noise", "score", "inject", "sid", "norm", "attention", "token_distill", "ops")
+KERNEL_TESTS = [f"test_{name}.py" for name in KERNELS]
 
 
 def step(x0, pred, ids, t, abar, w):
