@@ -32,6 +32,9 @@ for v in (image, image.to(memory_format=torch.channels_last)):
 tokens = ops.layer_norm(image.flatten(2).mT, w, w)
 q, k = (torch.randn(1, 2, n, 40, device="cuda").to(torch.bfloat16).requires_grad_() for n in (67, 33))
 loss = loss + ops.attention(q, k, k).float().sum()
+index = torch.tensor([[0, 62, -1, 5], [5, 5, 1, 2]], device="cuda")
+for distance in ops.DISTANCES:
+    loss = loss + ops.token_distill_loss(tokens, torch.randn(2, 63, 12, device="cuda"), index, distance=distance)
 (loss + noise.uniform(9).sum() + ops.geglu(tokens).float().sum()).backward()
 torch.cuda.synchronize()
 """
@@ -91,6 +94,36 @@ def test_cuda_graph():
         graph.replay()
         for ours, expected in zip(captured, step(*arguments)):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("distance", ops.DISTANCES)
+def test_token_distillation_in_a_graph(distance):
+    """Nothing waits for the indices, and those of a replay are looked at anew; the values are the CPU's."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(4, n, 768, generator=generator) for n in (240, 197))
+    index = torch.rand(4, 240, generator=generator).argsort(1)[:, :32] % 197
+    index[:, 20:] = -1
+
+    def distil(s, t, index):
+        loss = ops.token_distill_loss(s, t, index, distance=distance)
+        return loss, torch.autograd.grad(loss, s)[0]
+
+    given = s.cuda().requires_grad_(), t.cuda(), index.cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        distil(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = distil(*given)
+    for _ in range(2):
+        graph.replay()
+        for ours, plain, expected in zip(captured, distil(*given), distil(s.requires_grad_(), t, index)):
+            assert torch.equal(ours, plain)
+            testing.assert_close(ours.cpu() / expected.abs().max(), expected / expected.abs().max())
+        index = index.flip(1).roll(1, 0)
+        given[2].copy_(index)
 
 
 def test_no_access_out_of_bounds(python, root):

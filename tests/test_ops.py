@@ -9,7 +9,8 @@ from fastsds import ops, testing
 from fastsds.kernels import launch
 
 ABAR = testing.alphas_cumprod()
-KERNEL_TESTS = [f"test_{name}.py" for name in ("philox", "noise", "score", "inject", "sid", "norm", "attention", "ops")]
+KERNELS = ("philox", "noise", "score", "inject", "sid", "norm", "attention", "token_distill", "ops")
+KERNEL_TESTS = [f"test_{name}.py" for name in KERNELS]
 
 
 def step(x0, pred, ids, t, abar, w):
@@ -60,6 +61,7 @@ def test_compiles_with_a_timestep_a_frame_and_sizes_unknown():
     torch.testing.assert_close(compiled(x, pred, t, t > 1), loss(x, pred, t, t > 1))
 
 
+SLOTS = torch.tensor([[0, 3], [1, 2]])
 LOSSES_AND_NORMS = {
     "add_noise": lambda x: ops.add_noise(x, 500, ABAR, torch.ones_like(x))[0].square().sum(),
     "sds_loss": lambda x: ops.sds_loss(x, x.detach(), ops.Noise(0, 0, [0, 1]), 500, ABAR).square(),
@@ -71,6 +73,7 @@ LOSSES_AND_NORMS = {
     "layer_norm": lambda x: ops.layer_norm(x, torch.ones(3), torch.ones(3)).square().sum(),
     "geglu": lambda x: ops.geglu(x[..., :2]).square().sum(),
     "attention": lambda x: ops.attention(*[x[..., :1] + torch.arange(40.0)] * 3).square().sum(),
+    "token_distill_loss": lambda x: ops.token_distill_loss(x.flatten(2), torch.ones(2, 1, 9), SLOTS, 0 * SLOTS, distance="l2"),
 }
 
 
@@ -181,6 +184,10 @@ def on_device(v):
             lambda n, x, t, a: ops.inject_grad(x, x.detach()).backward(),
             {"_residual_sum_kernel": 1, "_residual_gradient_kernel": 1},
         ),
+        (
+            lambda n, x, t, a: ops.token_distill_loss(x[0], x[1].detach(), t.expand(4, 2), weight=a[:4]).backward(),
+            {"_token_distill_kernel": 1, "_token_distill_gradient_kernel": 1},
+        ),
     ),
 )
 def test_every_op_launches_its_kernel(call, expected):
@@ -234,6 +241,8 @@ def test_unknown_devices_are_refused():
         "geglu_gradient",
         "group_norm_silu",
         "group_norm_silu_gradient",
+        "token_distill",
+        "token_distill_gradient",
     ):
         kernels = torch._C._dispatch_dump(f"fastsds::{name}")
         assert re.search(r"^CPU:", kernels, re.M) and re.search(r"^CUDA:", kernels, re.M)
