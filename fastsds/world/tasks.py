@@ -26,12 +26,11 @@ SIZES = {"train": 20_000, "dev": 1000, "test": 2000, "dev_shift": 1000, "shift":
 POOLS = {"train": "train", "dev": "train", "test": "train", "dev_shift": "dev", "shift": "test"}
 NAMES = ("world_entailment", "world_questions", "world_choice")
 COLOURS = tuple(world.COLOURS)
-PLACES = (("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top"))  # of both objects, by relation
-OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-ONE = ("a {0} on the {1}", "the shape on the {1} is a {0}", "there is a {0} on the {1}")
+PLACES = (("left", "right"), ("right", "left"), ("above", "below"), ("below", "above"))  # of both objects, by relation
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+ONE = ("a {0} {1}", "the {0} is {1}", "there is a {0} {1}")  # TEMPLATES, of one object
 ANSWERS = (*COLOURS, *SHAPES, *OPPOSITE)
 ASKED = {"colour": "what colour is {}", "shape": "what shape is {}", "place": "where is {}"}
-SAID = {"colour": "{} is {}", "shape": "{} is a {}", "place": "{} is on the {}"}
 _FIRST = 1 << 43  # scene ids of the tasks: no other scene has them
 
 
@@ -84,25 +83,24 @@ class WorldEntailment(_Made, Entailment):
     A picture has two objects, of different colours and shapes. The sentence says what both are and how they stand, or what one
     place holds. entailment: all that it says is seen. contradiction: something that is seen is otherwise: the objects, their
     colours or their shapes are exchanged, or others are there. neutral: the card lies over an object that it speaks of, and
-    what is seen agrees. So a sentence is true of one picture, false of a second and open for a third, and its words say
-    nothing of its label. Where a sentence is of one place there is always a card, over the other object unless neutral.
+    what is seen allows it. So a sentence is true of one picture, false of a second and open for a third, and its words say
+    nothing of its label. The card does say something: a sentence of one place always has one, over the other object unless
+    neutral; one of both has none where it is entailed, and one in half of its contradictions. By it alone half can be told.
     """
 
     def prompts(self, example: Example) -> list[str]:
-        """The sentence; that something is covered; the sentence with its place or relation reversed."""
-        opposite = OPPOSITE | {"above": "below", "below": "above"}
-        reversed_ = " ".join(opposite.get(word, word) for word in example.text.split())
-        return [example.text, "something is covered", reversed_]
+        """The sentence; that something is covered; the sentence turned round, "left" for "right": false where it is true."""
+        turned = " ".join(OPPOSITE.get(word, word) for word in example.text.split())
+        return [example.text, "something is covered", turned]
 
 
 class WorldQuestions(_Made):
     """Questions of colour, shape and place, about an object told by what else is known of it."""
 
     def prompts(self, example: Example) -> list[str]:
-        """The statement that each answer makes of the question."""
-        kind = example.about["question_type"]
-        subject = example.text.removeprefix(ASKED[kind].format(""))
-        return [SAID[kind].format(subject, answer) for answer in ANSWERS]
+        """What the question says with each answer, as a caption: "a red ring", "a ring left"."""
+        known = [word for word in example.text.split() if word in ANSWERS]
+        return [" ".join(["a", *sorted([*known, answer], key=ANSWERS.index)]) for answer in ANSWERS]
 
 
 class WorldChoice(_Made, MultipleChoice):
@@ -223,11 +221,12 @@ def _questions(d: _Draws) -> list[Example]:
             j = scene[2 * kind : 2 * kind + 2].index(answer)
         else:
             scene = (*scene[:4], answer ^ j)  # the relation that puts object j there
-        colour, shape, at = COLOURS[scene[j]], SHAPES[scene[2 + j]], f"shape on the {PLACES[scene[4]][j]}"
-        known = ((shape, at), (f"{colour} one", at), (f"{colour} {shape}", (shape, f"{colour} one")[way]))[kind][k // 3 % 2]
+        colour, shape, place = COLOURS[scene[j]], f"the {SHAPES[scene[2 + j]]}", PLACES[scene[4]][j]
+        thing = f"the {_noun(scene[j], scene[2 + j])}"
+        known = ((shape, place), (colour, place), (thing, (shape, colour)[way]))[kind][k // 3 % 2]
         about = {"question_type": kinds[kind], **_content(scene)}
         target = answer + (0, len(COLOURS), len(COLOURS) + len(SHAPES))[kind]
-        examples.append(d.example(k, scene, ASKED[kinds[kind]].format(f"the {known}"), target, about))
+        examples.append(d.example(k, scene, ASKED[kinds[kind]].format(known), target, about))
     return examples
 
 
@@ -242,7 +241,7 @@ def _choice(d: _Draws) -> list[Example]:
         other, relation = absent[max(order, key=fits.__getitem__)], RELATIONS[scene[4] ^ j]  # of what is here to what is there
         answers = [f"a {_noun(*thing)}" for thing in _square(here, there if kind == "binding" else absent[order[0]])]
         rationales = [TEMPLATES[template].format(_noun(*here), relation, _noun(*of)) for of in _square(there, other)]
-        text, question = f"what is on the {place}", f"{d.name}/{d.split}/{k}"
+        text, question = f"what is {place}", f"{d.name}/{d.split}/{k}"
         for part, label, (right, *wrong) in zip(("answer", "rationale"), labels, (answers, rationales), strict=True):
             wrong = wrong[order[0] % 3 :] + wrong[: order[0] % 3]
             about = {"question": question, "part": part, "kind": kind, **_content(scene)}

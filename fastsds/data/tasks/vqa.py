@@ -7,7 +7,7 @@
     both        FOLDER/{train,val}2014/COCO_{train,val}2014_000000000042.jpg
 
 The classes are answers, normalised: those that at least `min_count` training questions have as their most frequent one, by
-count and then by letter; or a file's. A target has the soft accuracy of each class that somebody gave (answers.py), so that what
+count and then by letter; or those of a file. A target has the soft accuracy of each class that somebody gave (answers.py): what
 a predicted class earns is the official accuracy. A question whose answers are all outside the classes has an empty target.
 """
 
