@@ -50,7 +50,7 @@ class _Rendered(Source):
     def __init__(self, examples: Sequence[Example]):
         self.pictures, self.texts = [e.image for e in examples], [e.text for e in examples]
         self.seed = self.pictures[0].seed
-        self.rows_ = torch.tensor([(*p.scene, p.covered, p.number) for p in self.pictures], dtype=torch.int64)
+        self.table = torch.tensor([(*p.scene, p.covered, p.number) for p in self.pictures], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,7 +60,7 @@ class _Rendered(Source):
         return f"{digest(repr(found).encode()):x}"
 
     def load(self, ids: torch.Tensor, visits: torch.Tensor, size: int, second: int | None = None) -> Samples:
-        pixels, said = _pixels(self.rows_[ids], self.seed), [self.texts[i] for i in ids.tolist()]
+        pixels, said = _pixels(self.table[ids], self.seed), [self.texts[i] for i in ids.tolist()]
         digests = [pair_digest(digest(image.numpy().tobytes()), text) for image, text in zip(pixels, said, strict=True)]
         other = None if second is None else resize(pixels, second)
         return Samples(resize(pixels, size), said, digests=torch.tensor(digests), rows=ids, second=other)
@@ -133,12 +133,12 @@ def load(name: str, seed: int = 0, sizes: dict[str, int] | None = None) -> Task:
 
 
 class _Draws:
-    """The numbers of a split's examples, and pictures of them. Shapes: ids, i int64 [N]; u fp32 [N, 32] in (0, 1]."""
+    """The numbers of a split's examples, and pictures of them. Shapes: ids int64 [N]; u fp32 [N, 32] in (0, 1]."""
 
     def __init__(self, name: str, split: str, seed: int, n: int):
         task, self.name, self.split, self.seed = NAMES.index(name), name, split, seed
-        self.i, self.pool = torch.arange(n), contents(POOLS[split])
-        self.ids = _FIRST + (task << 40) + (list(POOLS).index(split) << 32) + self.i
+        self.pool = contents(POOLS[split])
+        self.ids = _FIRST + (task << 40) + (list(POOLS).index(split) << 32) + torch.arange(n)
         self.u = Noise(seed, draw(Purpose.RENDER, 4 + task), self.ids).uniform(32)
 
     def pick(self, column: int, n: int) -> torch.Tensor:
@@ -190,14 +190,15 @@ def _entailment(d: _Draws) -> list[Example]:
         text = TEMPLATES[template].format(nouns[0], RELATIONS[scene[4]], nouns[1])
         if not whole:
             text = ONE[template].format(nouns[place], places[place])
-        shown, change = _shown(k, rows, change) if label == 2 else (scene, "none")
         covered = (place if label == 1 else 1 - place) if not whole else (-1, hidden, hidden if card else -1)[label]
-        about = {"label": CLASSES[label], "form": "whole" if whole else "one", "change": change, **_content(scene)}
-        examples.append(d.example(k, shown, text, label, about, covered))
+        about = {"label": CLASSES[label], "form": "whole" if whole else "one", **_content(scene)}
+        if label == 2:
+            scene, about["change"] = _false(k, rows, change)
+        examples.append(d.example(k, scene, text, label, about, covered))
     return examples
 
 
-def _shown(k: int, rows: list[list[tuple]], change: str) -> tuple[tuple, str]:
+def _false(k: int, rows: list[list[tuple]], change: str) -> tuple[tuple, str]:
     """A scene of which the sentence of rows[0][k] is false at both places, and how it came about."""
     if change == "content":
         said = rows[0][k]
