@@ -31,6 +31,7 @@ KINDS = ("object", "colour", "shape")
 CONTENTS = tuple(
     (colours, shapes) for colours in combinations(range(8), 2) for shapes in combinations(range(6), 2)
 )
+CARD = 7.5  # pixels from the middle of a card to its edge: no shape reaches further
 CHUNK = 32  # contents are distinct within aligned runs of this many samples
 _RENDERED, _PIXELS, _SPLITS, _ITEMS = (draw(Purpose.RENDER, visit) for visit in range(4))
 _SPLIT_IDS = {"train": 0, "seen": 1, "dev": 2, "test": 3}
@@ -89,7 +90,7 @@ class Scenes:
         return Scenes(colour, shape, self.relation, self.template)
 
 
-def _scenes(content: torch.Tensor, u: torch.Tensor) -> Scenes:
+def draw_scenes(content: torch.Tensor, u: torch.Tensor) -> Scenes:
     """Scenes with given contents from uniforms. Shapes: content [N], u [N, >=4]."""
     table = torch.tensor([list(c) + list(s) for c, s in CONTENTS])[content]  # [N, 4]
     colour, shape = table[:, :2], table[:, 2:]
@@ -119,10 +120,12 @@ def _distance(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor, r: torch.Te
     return kinds[shape, torch.arange(len(shape))]
 
 
-def render(scenes: Scenes, seed: int, ids: torch.Tensor) -> torch.Tensor:
+def render(scenes: Scenes, seed: int, ids: torch.Tensor, covered: torch.Tensor | None = None) -> torch.Tensor:
     """Render scenes with jitter in place, size, background and pixel noise.
 
     Shapes: ids [N] -> uint8 [N, 3, 32, 32]. The same (seed, id) gives the same jitter whatever the scene holds.
+    Args: covered: int64 [N], the object (0 or 1) that a grey card as large as any shape is painted in place of, below the
+        other object; -1: none.
     """
     u = Noise(seed, _RENDERED, ids).uniform(16)[:, 4:]
     n, relation = len(ids), scenes.relation
@@ -134,17 +137,23 @@ def render(scenes: Scenes, seed: int, ids: torch.Tensor) -> torch.Tensor:
     r = 4.3 + 1.5 * u[:, 4:6]
     image = (0.04 + 0.24 * u[:, 6:9])[:, :, None, None].expand(n, 3, SIZE, SIZE)
     grid = torch.arange(SIZE, dtype=torch.float32)
+    x = grid[None, None, None, :] - centre_x[:, :, None, None]  # [N, 2, 1, S]
+    y = grid[None, None, :, None] - centre_y[:, :, None, None]
+    if covered is not None:
+        card = torch.maximum(x.abs(), y.abs()).le(CARD)  # [N, 2, S, S]
+        image = image.masked_fill((card & (covered[:, None] == torch.arange(2))[:, :, None, None]).any(1, keepdim=True), 0.5)
     for k in range(2):
-        x = grid[None, None, :] - centre_x[:, k, None, None]
-        y = grid[None, :, None] - centre_y[:, k, None, None]
-        inside = (0.5 - _distance(scenes.shape[:, k], *torch.broadcast_tensors(x, y), r[:, k, None, None])).clamp(0, 1)
+        distance = _distance(scenes.shape[:, k], *torch.broadcast_tensors(x[:, k], y[:, k]), r[:, k, None, None])
+        inside = (0.5 - distance).clamp(0, 1)
+        if covered is not None:
+            inside = inside.masked_fill((covered == k)[:, None, None], 0)
         colour = torch.tensor(list(COLOURS.values()))[scenes.colour[:, k]]
         image = torch.lerp(image, colour[:, :, None, None].expand_as(image), inside[:, None])
     image = image + 0.03 * Noise(seed, _PIXELS, ids).normal((3, SIZE, SIZE))
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _resize(pixels: torch.Tensor, size: int | None) -> torch.Tensor:
+def resize(pixels: torch.Tensor, size: int | None) -> torch.Tensor:
     if size in (None, SIZE):
         return pixels
     resized = torch.nn.functional.interpolate(pixels.float(), size=(size, size), mode="bicubic", antialias=True)
@@ -178,7 +187,7 @@ class WorldSource(Source):
         purpose = draw(Purpose.ORDER, _SPLIT_IDS[self.split])
         order = _permutation(self.seed, purpose, chunks, len(self.contents))
         content = self.contents[order[inverse, ids % CHUNK]]
-        return _scenes(content, Noise(self.seed, _RENDERED, ids).uniform(16))
+        return draw_scenes(content, Noise(self.seed, _RENDERED, ids).uniform(16))
 
     def load(
         self, ids: torch.Tensor, visits: torch.Tensor | None = None, size: int | None = None, second: int | None = None
@@ -189,8 +198,8 @@ class WorldSource(Source):
         negatives = [kinds[i % 3][row] for row, i in enumerate(ids.tolist())]
         pixels, captions = render(scenes, self.seed, ids), scenes.captions()
         digests = [pair_digest(digest(image.numpy().tobytes()), said) for image, said in zip(pixels, captions, strict=True)]
-        other = None if second is None else _resize(pixels, second)
-        return Samples(_resize(pixels, size), captions, negatives, torch.tensor(digests), ids, other)
+        other = None if second is None else resize(pixels, second)
+        return Samples(resize(pixels, size), captions, negatives, torch.tensor(digests), ids, other)
 
 
 def swap_items(split: str, per_kind: int = 300, seed: int = 0) -> SwapItems:
@@ -203,7 +212,7 @@ def swap_items(split: str, per_kind: int = 300, seed: int = 0) -> SwapItems:
     pool = contents(split)
     u = Noise(seed, _ITEMS, ids).uniform(8)
     content = pool[(u[:, 4] * len(pool)).long().clamp(max=len(pool) - 1)]
-    first = _scenes(content, u)
+    first = draw_scenes(content, u)
     kind = [KINDS[i // per_kind] for i in range(n)]
     swapped = [first.swapped(k) for k in KINDS]
     part = torch.arange(n) // per_kind
