@@ -199,6 +199,17 @@ def denominator(reduction, x):
     return number(reduction, "reduction", 0, above=True)
 
 
+def index(v, name, x):
+    """int64 [B, k] for a batch x, on its device; such that autograd can save it."""
+    if not isinstance(v, torch.Tensor) or v.dtype != torch.int64:
+        raise ValueError(f"{name}: an int64 tensor expected, got {getattr(v, 'dtype', type(v).__name__)}")
+    if v.ndim != 2 or len(v) != len(x) or v.shape[1] < 1:
+        raise ValueError(f"{name}: shape [{len(x)}, k] with at least one index expected, got {tuple(v.shape)}")
+    if v.device != x.device:
+        raise ValueError(f"{name}: on {v.device}, expected on {x.device}")
+    return savable(v)
+
+
 def frozen(v, name, n, x):
     """A weight [n] of a frozen network, on x's device; such that autograd can save it."""
     if not isinstance(v, torch.Tensor) or v.dtype not in launch.DTYPES:

@@ -23,18 +23,19 @@ from fastsds.kernels import geglu as _geglu
 from fastsds.kernels import group_norm_silu as _group_norm_silu
 from fastsds.kernels import layer_norm as _layer_norm
 from fastsds.kernels import noise as _noise
-from fastsds.kernels import score, sid
+from fastsds.kernels import score, sid, token_distill
 from fastsds.schedule import PREDICTION_TYPES, conversion, target_factors
 from fastsds.schedule import prediction_type as _type
 
 VALUES = ("energy", "target", "dot")
 NONFINITE = ("propagate", "clamp", "zero", "drop_sample", "raise")
 NORMS = ("sample", "batch", None)
+DISTANCES = tuple(token_distill.DISTANCES)
 
 __all__ = [
-    "FORMS", "NONFINITE", "NORMS", "ORDERS", "PREDICTION_TYPES", "REDUCTIONS", "VALUES", "WEIGHTINGS",
+    "DISTANCES", "FORMS", "NONFINITE", "NORMS", "ORDERS", "PREDICTION_TYPES", "REDUCTIONS", "VALUES", "WEIGHTINGS",
     "Noise", "Purpose", "add_noise", "attention", "convert", "denoising_loss", "dmd_loss", "draw", "geglu", "group_norm_silu",
-    "guide", "inject_grad", "layer_norm", "min_snr", "power", "sds_loss", "sid_loss",
+    "guide", "inject_grad", "layer_norm", "min_snr", "power", "sds_loss", "sid_loss", "token_distill_loss",
 ]  # fmt: skip
 
 
@@ -487,6 +488,62 @@ def attention(q, k, v, scale=None):
     _attention.check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else arguments.number(scale, "scale", 0, above=True)
     return _attention.attention(*(arguments.savable(x) for x in (q, k, v)), scale)[0]
+
+
+@arguments.reverse_only
+def token_distill_loss(
+    student, teacher, index_student, index_teacher=None, *, weight=None, distance="l1", reduction="batch"
+):  # fmt: skip
+    """Pull chosen tokens of a student towards those of a frozen teacher, without a copy of the chosen.
+
+        L = sum_b 1 / count_b sum_j w_bj d(student[b, index_student[b, j]], teacher[b, index_teacher[b, j]]) / denominator
+        d(s, t) = mean |s - t| ("l1") | mean (s - t)^2 ("l2") | 1 - s.t / (max(|s|, 1e-8) max(|t|, 1e-8)) ("cosine")
+
+    Shapes: student [B, N, D], teacher [B, M, D], any strides, of any two dtypes; index_student, index_teacher int64 [B, k]; L
+        scalar. D and k at most 8,192.
+    Args:
+        index_student: which tokens, -1 for none: count_b is how many there are, and an instance without any adds 0. Distinct
+            ones, as a rule: a token chosen twice counts twice, and its gradient has both terms.
+        index_teacher: what each is compared with (-1 for none as well); index_student itself if None.
+        weight: w, a float tensor: [B], one an instance, or [B, k], one a pair, which does not change count_b.
+        reduction: the denominator: "batch" B, "sum" 1, or a number.
+    Returns: L, fp32 (float64 for float64 inputs), differentiable in student alone: teacher and weight are detached.
+    Raises: ValueError naming the argument. An index below -1 or beyond the tokens is one on the CPU; on a GPU, where looking
+        would wait for it, L is NaN, and so are the gradients of the tokens that its instance chose.
+    Numerics: fp32 arithmetic, one rounding of the gradient. Deterministic. Tokens that nobody chose get exactly 0, whatever
+        they hold.
+    Cost: forward reads the chosen tokens of both; backward reads them again and writes the gradient, zeros included. Nothing
+        of size [B, k, D] is stored (by the twin, on the CPU, it is). Not yet measured on a GPU.
+    Source: the targeted distillation of CLIP-TD (Wang et al. 2022, arXiv 2201.05729). The formula is ours: beyond the
+        abstract, the paper's could not be verified.
+    """
+    for x, name in ((student, "student"), (teacher, "teacher")):
+        arguments.sample(x, name)
+        if x.ndim != 3:
+            raise ValueError(f"{name}: shape [B, tokens, D] expected, got {tuple(x.shape)}")
+    if teacher.shape[::2] != student.shape[::2] or teacher.device != student.device:
+        raise ValueError(
+            f"teacher: [B, M, D] with student's B and D and on its device expected, got {tuple(teacher.shape)} on "
+            f"{teacher.device} beside {tuple(student.shape)} on {student.device}"
+        )
+    index_student = arguments.index(index_student, "index_student", student)
+    index_teacher = index_student if index_teacher is None else arguments.index(index_teacher, "index_teacher", student)
+    if index_teacher.shape != index_student.shape:
+        raise ValueError(f"index_teacher: shape {tuple(index_student.shape)} expected, got {tuple(index_teacher.shape)}")
+    token_distill.check(student, index_student)
+    arguments.choice(distance, DISTANCES, "distance")
+    if isinstance(reduction, str):
+        arguments.choice(reduction, ("batch", "sum"), "reduction")
+    if weight is not None:
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise ValueError(f"weight: a float tensor expected, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        weight = arguments.left_aligned(weight.detach(), index_student, "weight")
+        dtype = reference.compute_dtype(student, teacher)
+        weight = arguments.savable(weight.to(dtype)).view(*weight.shape, *(1,) * (2 - weight.ndim)).expand(index_student.shape)
+    return token_distill.token_distill(
+        arguments.savable(student), arguments.savable(teacher.detach()), index_student, index_teacher, weight, distance,
+        torch.sym_float(arguments.denominator(reduction, student)),
+    )  # fmt: skip
 
 
 def _inject(x, pred, other, y, eps, factors, stream, guidance, clip, nonfinite, value, count, return_grad):

@@ -312,3 +312,52 @@ def attention_gradient(g, q, k, v, out, lse, scale):
     p = torch.exp2(scale * math.log2(math.e) * (q_ @ k_.mT) - lse[..., None])
     ds = scale * p * (g @ v_.mT - (g * out.to(dtype)).sum(-1, keepdim=True))
     return (ds @ k_).to(q.dtype), (ds.mT @ q_).to(k.dtype), (p.mT @ g).to(v.dtype)
+
+
+# -- targeted distillation: chosen tokens of a student against a teacher's ---------------------------------------------
+
+NORM_FLOOR = 1e-8  # of a token's length, in the cosine: that of torch.nn.functional.cosine_similarity
+
+
+def token_distill(student, teacher, index_student, index_teacher, weight, distance, denominator):
+    """sum_b 1 / count_b sum_j w_bj d_bj / denominator, a scalar; differentiable in student, teacher and weight."""
+    s, t, w, chosen, count = _pairs(student, teacher, index_student, index_teacher, weight)
+    if distance == "cosine":
+        d = 1 - (s * t).sum(-1) / (_length(s) * _length(t)).squeeze(-1)
+    else:
+        d = (s - t).abs().mean(-1) if distance == "l1" else (s - t).square().mean(-1)
+    return (torch.where(chosen, w * d, 0.0).sum(1) / count).sum() / denominator
+
+
+def token_distill_gradient(student, teacher, index_student, index_teacher, weight, distance, denominator, scale):
+    """The gradient of student for the upstream gradient `scale`, in its dtype; a token chosen twice has two terms."""
+    s, t, w, chosen, count = _pairs(student, teacher, index_student, index_teacher, weight)
+    if distance == "cosine":
+        length_s, length_t = _length(s), _length(t)
+        cosine = (s * t).sum(-1, keepdim=True) / (length_s * length_t)
+        turning = s.norm(dim=-1, keepdim=True) >= NORM_FLOOR  # below, the length is a constant
+        g = (torch.where(turning, cosine, 0.0) * (s / length_s) - t / length_t) / length_s
+    else:
+        e = s - t
+        g = (torch.where(e > 0, 1.0, torch.where(e < 0, -1.0, e)) if distance == "l1" else 2 * e) / s.shape[-1]
+    g = torch.where(chosen[..., None], (scale.to(s.dtype) * w / (count[:, None] * denominator))[..., None] * g, 0.0)
+    rows = index_student.where(chosen, 0)[..., None].expand(g.shape)
+    return g.new_zeros(student.shape).scatter_add_(1, rows, g).to(student.dtype)
+
+
+def _pairs(student, teacher, index_student, index_teacher, weight):
+    """(s, t [B, k, D], weight, chosen [B, k], count [B]): s and t are 0 where nothing is chosen; count is at least 1, and NaN
+    where an index is out of range."""
+    dtype = compute_dtype(student, teacher, weight)
+    sizes = student.shape[1], teacher.shape[1]
+    indices = index_student, index_teacher
+    wrong = torch.stack([(i < -1) | (i >= n) for i, n in zip(indices, sizes)]).any(0)
+    chosen = (index_student >= 0) & (index_teacher >= 0) & ~wrong
+    rows = (i.where(chosen, 0)[..., None].expand(-1, -1, student.shape[2]) for i in indices)
+    s, t = (torch.where(chosen[..., None], x.gather(1, r).to(dtype), 0.0) for x, r in zip((student, teacher), rows))
+    count = chosen.sum(1).clamp(min=1).to(dtype).masked_fill(wrong.any(1), math.nan)
+    return s, t, s.new_ones(chosen.shape) if weight is None else weight.to(dtype), chosen, count
+
+
+def _length(x):
+    return x.norm(dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
