@@ -6,6 +6,7 @@ ViltModel's own forward; its text is of type 0, token and modality, its picture 
 an image's shape; the student gets a square cut from the middle, as every student of this project.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,11 @@ class Vilt(Family):
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def save(self, out: Path) -> None:
-        for part in self.parts:
+        *parts, tokenizer = self.parts
+        plain = copy.deepcopy(tokenizer)
+        plain.backend_tokenizer.no_padding()  # how a call pads and cuts would be saved with it
+        plain.backend_tokenizer.no_truncation()
+        for part in (*parts, plain):
             part.save_pretrained(out)
 
 

@@ -94,8 +94,8 @@ def student_config(vocabulary: int, tokenizer: str | Path) -> dict:
 
 
 def vilt_parts() -> tuple:
-    """(ViltConfig, ViltImageProcessor, tokenizer) of the embedded world's cross-modal student: words as its CLIP has them, 4x4
-    patches, and room for a question with its answer.
+    """(ViltConfig, ViltImageProcessor, tokenizer) of the embedded world's cross-modal student: words as its CLIP has them, patches
+    of 8x8, and room for a question with its answer.
     """
     from transformers import AutoTokenizer, ViltConfig, ViltImageProcessor
 
@@ -118,8 +118,7 @@ def vilt(config):
     from transformers import ViltModel
 
     model = ViltModel(config)
-    for parameter in (
-        *(p for name, p in model.named_parameters() if name.endswith(("embeddings.weight", "position_embeddings"))),
-    ):
-        parameter.data.normal_()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("embeddings.weight", "position_embeddings")):
+            parameter.data.normal_()
     return model
