@@ -94,8 +94,9 @@ def student_config(vocabulary: int, tokenizer: str | Path) -> dict:
 
 
 def vilt_parts() -> tuple:
-    """(ViltConfig, ViltImageProcessor, tokenizer) of the embedded world's cross-modal student: words as its CLIP has them, patches
-    of 8x8, and room for a question with its answer.
+    """(ViltConfig, ViltImageProcessor, tokenizer) of the embedded world's cross-modal student.
+
+    Words as its CLIP has them, patches of 8x8, and room for a question with its answer.
     """
     from transformers import AutoTokenizer, ViltConfig, ViltImageProcessor
 
