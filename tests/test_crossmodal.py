@@ -4,9 +4,12 @@ import json
 import re
 import time
 
+import crossmodal_steps
 import pytest
+import runs
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from fastsds import config as recipes
@@ -260,6 +263,44 @@ def test_no_weights_are_read_on_the_meta_device(folder, tmp_path):
     student = load_crossmodal(tmp_path, 3, "meta")
     assert {name: tensor.shape for name, tensor in student.state_dict().items()} == shapes
     assert all(tensor.is_meta for tensor in student.parameters())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same(folder, monkeypatch):
+    """Traced without a break, texts of several lengths, and differentiated ahead of time."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled(self, backend="aot_eager", fullgraph=True))
+    torch.compiler.reset()
+    students = [make_crossmodal(StudentConfig(str(folder), compile=c), 3)[0] for c in ("default", None)]
+    for texts in (TEXTS, TEXTS[:1] * 3, TEXTS[1:] + TEXTS[:1]):
+        grads = []
+        for student in students:
+            out = student(tiny.pixels(3, 32), student.tokenize(texts))
+            student.zero_grad()
+            (out.logits.logsumexp(dim=1).sum() + out.visual.square().sum() + out.text[:, 0].sum()).backward()
+            grads.append([out.logits, *(parameter.grad for parameter in student.parameters())])
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one(folder, tmp_path):
+    """ZeRO 2, and ZeRO 3 with every parameter partitioned and gathered where it is used, against plain torch."""
+    zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    files = []
+    for name, section in (("two", {"stage": 2}), ("three", zero3)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"zero_optimization": section, "steps_per_print": 10**9}))
+    crossmodal_steps.steps(str(folder), tmp_path / "none.safetensors", None)
+    done = runs.deepspeed(crossmodal_steps.__file__, folder, tmp_path, *files, ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, *others = (load_file(tmp_path / f"{name}.safetensors") for name in ("none", "two", "three"))
+    assert one["losses"][0] != one["losses"][1]
+    for other in others:
+        assert other.keys() == one.keys()
+        for name, tensor in one.items():
+            if not name.endswith("key.bias"):  # it moves all scores alike: its gradient is rounding, Adam makes steps of that
+                torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # -- the embedded world ------------------------------------------------------------------------------------------------

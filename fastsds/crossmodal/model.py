@@ -75,8 +75,8 @@ class CrossModal(nn.Module):
         super().__init__()
         self.model, self.family, self.classes = model, family, classes
         self.image_size, self.grid, self.width = family.image_size, family.grid, family.width
-        h = family.width
-        self.head = nn.Sequential(nn.Linear(h, 2 * h), nn.LayerNorm(2 * h), nn.GELU(), nn.Linear(2 * h, classes or 1))
+        h, last = family.width, nn.Linear(2 * family.width, classes or 1, bias=classes > 0)  # a softmax sees no constant
+        self.head = nn.Sequential(nn.Linear(h, 2 * h), nn.LayerNorm(2 * h), nn.GELU(), last)
         self._normalise = Normalise(family.image_size, family.mean, family.std)
         drop_dropout(model)
 

@@ -110,12 +110,13 @@ def vilt_parts() -> tuple:
         intermediate_size=4 * 96,
         image_size=SIZE,
         patch_size=8,
+        initializer_range=96**-0.5,
     )
     return config, ViltImageProcessor(size={"shortest_edge": SIZE}, size_divisor=8), tokenizer
 
 
 def vilt(config):
-    """ViltModel; words, places and patches start at unit scale."""
+    """ViltModel; words and places start at unit scale, matrices keep it (ViLT's 0.02 is for a width of 768)."""
     from transformers import ViltModel
 
     model = ViltModel(config)
