@@ -177,9 +177,9 @@ def test_pixels_and_choices_that_do_not_fit_are_named(student):
         student.tokenize([["a", "the"], ["red"]])
 
 
-@pytest.mark.parametrize("classes", [3, 0])
-def test_saved_and_read_again_is_the_same_bit_for_bit_and_plain_vilt(folder, tmp_path, classes):
-    student = load_crossmodal(folder, classes, seed=5)
+@pytest.mark.parametrize(("classes", "kind", "dtype"), [(3, "ViltModel", torch.float32), (0, "ViltForMaskedLM", torch.float16)])
+def test_saved_and_read_again_is_the_same_bit_for_bit_and_plain_vilt(tmp_path, classes, kind, dtype):
+    student = load_crossmodal(tiny.save_vilt(tmp_path / "from", kind, dtype=dtype), classes, seed=5)
     student.projections = torch.nn.ModuleDict({"text": torch.nn.Linear(tiny.WIDTH, 12)})
     with torch.no_grad():
         for parameter in student.parameters():
@@ -193,6 +193,8 @@ def test_saved_and_read_again_is_the_same_bit_for_bit_and_plain_vilt(folder, tmp
     tokens = again.tokenize([TEXTS, TEXTS[::-1], TEXTS]) if classes == 0 else again.tokenize(TEXTS)
     assert all(torch.equal(a, b) for a, b in zip(again(pixels, tokens), student(pixels, tokens), strict=True))
     save_crossmodal(again.state_dict(), again, tmp_path / "a")  # over itself
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["ViltModel"], "float32")
     text, visual, pooled, mask, _ = plain(tmp_path / "a", pixels, TEXTS)
     encoded = again.tokenize(TEXTS)
     ours = student.family.encode(student.model, student._normalise(pixels, torch.float32), encoded.where(mask, 0), mask)

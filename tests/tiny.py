@@ -195,8 +195,8 @@ def save_words(folder: Path) -> int:
     return len(words)
 
 
-def save_vilt(folder: Path, kind: str = "ViltModel", size: int = 32, made: int = 32, **options) -> Path:
-    """A transformers folder: a ViltModel, or one of its heads. size: of its images; made: by its image processor."""
+def save_vilt(folder: Path, kind: str = "ViltModel", size: int = 32, made: int = 32, dtype=torch.float32, **options):
+    """A transformers folder: a ViltModel, or one with a head; returns it. size: of its images; made: by its image processor."""
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ def save_vilt(folder: Path, kind: str = "ViltModel", size: int = 32, made: int =
         for parameter in model.parameters():  # its places start at zero, its words so small that texts would hardly differ
             if parameter.ndim > 1:
                 parameter.data.normal_(std=0.3)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     transformers.ViltImageProcessor(size={"shortest_edge": made}, size_divisor=8).save_pretrained(folder)
     return folder
 

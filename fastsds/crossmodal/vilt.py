@@ -89,6 +89,7 @@ def make(config, processor, tokenizer, where: str) -> Vilt:
         raise ConfigError(f"{where}: its tokenizer is not of the fast kind, which knows where a token lies in the text")
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ConfigError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    config.architectures, config.dtype = ["ViltModel"], torch.float32  # what is saved, whatever was read
     return Vilt(
         where, size, (size // patch, size // patch), config.hidden_size, config.max_position_embeddings,
         *statistics(processor), tokenizer, (config, processor, tokenizer),
