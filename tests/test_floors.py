@@ -11,6 +11,7 @@ FLOORS = (
     ("ops",),
     ("data",),
     ("student", "teacher"),
+    ("crossmodal",),
     ("recipes",),
     ("world",),
     ("evaluation",),

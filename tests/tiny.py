@@ -185,6 +185,36 @@ def save_hf(folder: Path, kind: str) -> Path:
     return folder
 
 
+def save_words(folder: Path) -> int:
+    """A BertTokenizer of WORDS and of letters, that start and go on a word. Returns its size."""
+    from transformers import BertTokenizer
+
+    letters = string.ascii_lowercase
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters), *WORDS[1:]]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return len(words)
+
+
+def save_vilt(folder: Path, kind: str = "ViltModel", size: int = 32, made: int = 32, dtype=torch.float32, **options):
+    """A transformers folder: a ViltModel, or one with a head; returns it. size: of its images; made: by its image processor."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = transformers.ViltConfig(
+        vocab_size=save_words(folder), max_position_embeddings=CONTEXT, hidden_size=WIDTH, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=2 * WIDTH, image_size=size, patch_size=8, **options,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = getattr(transformers, kind)(config)
+        for parameter in model.parameters():  # its places start at zero, its words so small that texts would hardly differ
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.3)
+    model.to(dtype).save_pretrained(folder)
+    transformers.ViltImageProcessor(size={"shortest_edge": made}, size_divisor=8).save_pretrained(folder)
+    return folder
+
+
 def captions(n: int, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -64,14 +64,14 @@ def load(folder: Path, meta: bool) -> tuple[nn.Module, Transformers]:
     import transformers
 
     where = f"student {folder}"
-    kind = _read_json(folder / CONFIG_FILE).get("model_type")
+    kind = read_json(folder / CONFIG_FILE).get("model_type")
     if kind not in SCALARS:
         raise ConfigError(f"{folder / CONFIG_FILE}: model_type is {kind!r}; expected clip (CLIPModel) or siglip (SiglipModel)")
     model = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}[kind]
     with quiet.loading():
-        config = _read(model.config_class, folder, CONFIG_FILE)
-        processor = _read(transformers.AutoImageProcessor, folder, "preprocessor_config.json")
-        tokenizer = None if meta else _read(transformers.AutoTokenizer, folder, "tokenizer")
+        config = read_part(model.config_class, folder, CONFIG_FILE)
+        processor = read_part(transformers.AutoImageProcessor, folder, "preprocessor_config.json")
+        tokenizer = None if meta else read_part(transformers.AutoTokenizer, folder, "tokenizer")
     if meta:
         with torch.device("meta"):
             clip = model(config)
@@ -90,15 +90,15 @@ def load(folder: Path, meta: bool) -> tuple[nn.Module, Transformers]:
         return tokenizer(captions, **options).input_ids
 
     family = Transformers(
-        where, _read_json(folder / CONFIG_FILE), None if meta else tokenize, config.vision_config.image_size,
-        config.projection_dim if kind == "clip" else config.vision_config.hidden_size, length, *_statistics(processor),
+        where, read_json(folder / CONFIG_FILE), None if meta else tokenize, config.vision_config.image_size,
+        config.projection_dim if kind == "clip" else config.vision_config.hidden_size, length, *statistics(processor),
         SCALARS[kind], (config, processor, tokenizer),
     )  # fmt: skip
     _check(config, processor, where)
     return clip, family
 
 
-def _read(kind, folder: Path, what: str):
+def read_part(kind, folder: Path, what: str):
     """One part of a folder as transformers reads it. Raises: ConfigError."""
     try:
         return kind.from_pretrained(str(folder), local_files_only=True)
@@ -109,7 +109,7 @@ def _read(kind, folder: Path, what: str):
         raise ConfigError(f"{folder}: {what}: {first_line(error)}") from error
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ def _read_json(path: Path) -> dict:
     return found
 
 
-def _statistics(processor) -> tuple[tuple, tuple]:
+def statistics(processor) -> tuple[tuple, tuple]:
     if not processor.do_normalize:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return tuple(processor.image_mean), tuple(processor.image_std)

@@ -76,6 +76,27 @@ class Family:
         raise NotImplementedError
 
 
+class Normalise:
+    """(pixels / 255 - mean) / std of uint8 pixels, in at least fp32, rounded once to the dtype asked for."""
+
+    def __init__(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]):
+        self.size, self.mean, self.std = size, mean, std
+        self._statistics: dict = {}
+
+    def __call__(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Shapes: uint8 [B, 3, S, S] -> [B, 3, S, S]. Raises: ValueError for another shape or dtype."""
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (3, self.size, self.size):
+            found = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise ValueError(f"pixels: {found}, expected uint8 [B, 3, {self.size}, {self.size}]")
+        wide = torch.promote_types(dtype, torch.float32)
+        if (key := (pixels.device, wide)) not in self._statistics:
+            self._statistics[key] = tuple(
+                torch.tensor(v, dtype=wide, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std)
+            )
+        mean, std = self._statistics[key]
+        return ((pixels.to(wide) / 255 - mean) / std).to(dtype)
+
+
 class Student(nn.Module):
     """CLIP and head behind one forward, so that a sharding engine can call them: `engine(pixels, tokens)`.
 
@@ -88,16 +109,13 @@ class Student(nn.Module):
         clip.forward = partial(_towers, clip, family)
         self.image_size, self.width, self.context_length = family.image_size, family.width, family.context_length
         self.head = LatentHead(self.width, latent_shape) if latent_shape is not None else None
-        self._statistics: dict = {}
+        self._normalise = Normalise(family.image_size, family.mean, family.std)
         if getattr(clip, "logit_bias", None) is not None:  # a constant bias does not change a softmax
             clip.logit_bias.requires_grad_(False)
         for module in clip.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 _freeze_statistics(module)
-        for module in clip.modules():  # dropout in a module, in a function that attention calls, of a whole block
-            for name in ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "drop_prob"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        drop_dropout(clip)
 
     @property
     def latent_shape(self) -> tuple[int, int, int] | None:
@@ -112,20 +130,7 @@ class Student(nn.Module):
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """(pixels / 255 - mean) / std, in the dtype of the weights. Shapes: uint8 [B, 3, S, S] -> [B, 3, S, S]."""
-        expected = (3, self.image_size, self.image_size)
-        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != expected:
-            raise ValueError(
-                f"pixels: {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [B, 3, {expected[1]}, {expected[2]}]"
-            )
-        dtype = self.clip.logit_scale.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        if (key := (pixels.device, wide)) not in self._statistics:
-            self._statistics[key] = tuple(
-                torch.tensor(v, dtype=wide, device=pixels.device).view(1, 3, 1, 1)
-                for v in (self.family.mean, self.family.std)
-            )
-        mean, std = self._statistics[key]
-        return ((pixels.to(wide) / 255 - mean) / std).to(dtype)
+        return self._normalise(pixels, self.clip.logit_scale.dtype)
 
     def forward(self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> StudentOutput:
         """Shapes: pixels uint8 [B, 3, S, S] or None, tokens int64 [N, L] or None -> StudentOutput."""
@@ -135,7 +140,7 @@ class Student(nn.Module):
         if raw is not None:
             image = nn.functional.normalize(raw, dim=-1)
             if self.head is not None:
-                z = _at_least_fp32(self.head(raw))
+                z = at_least_fp32(self.head(raw))
         if raw_text is not None:
             text = nn.functional.normalize(raw_text, dim=-1)
         return StudentOutput(raw, image, text, z, scale)
@@ -150,10 +155,18 @@ def _towers(clip: nn.Module, family: Family, images: torch.Tensor | None, tokens
 
     It goes through the module's own call, for ZeRO-3 gathers a module's parameters around that and nothing else.
     """
-    image = None if images is None else _at_least_fp32(family.encode_image(clip, images))
-    text = None if tokens is None else _at_least_fp32(family.encode_text(clip, tokens))
-    scale = _at_least_fp32(clip.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp().reshape(())
+    image = None if images is None else at_least_fp32(family.encode_image(clip, images))
+    text = None if tokens is None else at_least_fp32(family.encode_text(clip, tokens))
+    scale = at_least_fp32(clip.logit_scale).clamp(max=MAX_LOGIT_SCALE).exp().reshape(())
     return image, text, scale
+
+
+def drop_dropout(model: nn.Module) -> None:
+    """Make every dropout of a model keep everything: in a module, in a function that attention calls, of a whole block."""
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "drop_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _freeze_statistics(norm: nn.Module) -> None:
@@ -175,5 +188,5 @@ def _round_statistics(norm: nn.Module, _) -> None:
         statistic.data = statistic.data.to(norm.weight.dtype)
 
 
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

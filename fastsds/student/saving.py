@@ -50,11 +50,11 @@ def save_student(state: dict[str, torch.Tensor], like: Student | Path, out: Path
     clip["logit_scale"] = clip["logit_scale"].clamp(max=MAX_LOGIT_SCALE).reshape(shape)
     if "logit_bias" in clip:
         clip["logit_bias"] = clip["logit_bias"].reshape(shape)
-    _replace(out / _format(out), lambda path: save_file(clip, path, metadata={"format": "pt"}))
+    write_whole(out / _format(out), lambda path: save_file(clip, path, metadata={"format": "pt"}))
     if parts["head"]:
         shape = like.latent_shape if isinstance(like, Student) else _shape_of_head(like, parts["head"])
         meta = {"latent_shape": json.dumps(list(shape))}
-        _replace(out / HEAD_FILE, lambda path: save_file(parts["head"], path, metadata=meta))
+        write_whole(out / HEAD_FILE, lambda path: save_file(parts["head"], path, metadata=meta))
 
 
 def read_student(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +97,7 @@ def _shape_of_head(like: Path, state: dict) -> tuple[int, ...]:
     return saved[0]
 
 
-def _replace(path: Path, write) -> None:
+def write_whole(path: Path, write) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     write(partial)

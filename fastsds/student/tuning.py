@@ -7,28 +7,29 @@ from torch import nn
 
 from fastsds.config import ConfigError, LoRAConfig
 from fastsds.student import lora
-from fastsds.student.model import Student
 
 IMAGE = ("visual.", "vision_model.", "visual_projection.")  # how the names of an image tower's parameters begin
 
 
 def apply_tuning(
-    student: Student,
+    student: nn.Module,
     tune: str | tuple[str, ...] | list[str],
     head: bool = True,
     low_rank: LoRAConfig | None = None,
     seed: int = 0,
+    part: str = "clip",
 ) -> list[str]:
     """Set `requires_grad` on every parameter and return the trained names.
 
     Args: tune: "layernorm": affine parameters of LayerNorm (and BatchNorm, in ResNets), and the head; "all": everything;
         "lora": low-rank terms on the matrices that `low_rank.targets` match, from `seed`, and the head; or fnmatch patterns
         of parameter names ("clip.visual.*ln_*"), and the head. A constant `logit_bias` never trains. head=False leaves the
-        head out: nothing would train it where L_SDS is off.
+        head out: nothing would train it where L_SDS is off. part: the attribute of the student that is tuned; the rest is
+        its head.
     Raises: ConfigError for a pattern that matches nothing.
     """
-    clip = student.clip
-    names = [name for name, _ in student.named_parameters() if name.startswith("clip.") and name != "clip.logit_bias"]
+    clip, prefix = getattr(student, part), f"{part}."
+    names = [name for name, _ in student.named_parameters() if name.startswith(prefix) and name != "clip.logit_bias"]
     if tune == "all":
         wanted = set(names)
     elif tune == "layernorm":
@@ -47,19 +48,21 @@ def apply_tuning(
         wanted = set(_matching(names, tune, "student.tune", "parameter"))
     trained = []
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(head if name.startswith("head.") else name in wanted)
+        parameter.requires_grad_(name in wanted if name.startswith(prefix) else head)
         if parameter.requires_grad:
             trained.append(name)
     return trained
 
 
-def count_trained(student: Student, trained: list[str]) -> dict[str, tuple[int, int]]:
-    """{"image tower": (tensors, elements), "text tower": ..., "logit scale": ..., "head": ...} of what trains."""
+def count_trained(student: nn.Module, trained: list[str]) -> dict[str, tuple[int, int]]:
+    """{"image tower": (tensors, elements), "text tower": ..., "logit scale": ..., "head": ...} of what trains; what is not of a
+    CLIP goes by the student's attribute.
+    """
     groups: dict[str, tuple[int, int]] = {}
     for name in trained:
         part, _, rest = name.partition(".")
-        group = "head" if part == "head" else "logit scale" if rest == "logit_scale" else "text tower"
-        group = "image tower" if rest.startswith(IMAGE) and part == "clip" else group
+        tower = "image tower" if rest.startswith(IMAGE) else "logit scale" if rest == "logit_scale" else "text tower"
+        group = tower if part == "clip" else part
         tensors, elements = groups.get(group, (0, 0))
         groups[group] = tensors + 1, elements + size(student.get_parameter(name))
     return groups

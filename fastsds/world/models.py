@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fastsds.world import STUDENT
 from fastsds.world.scenes import SIZE
 from fastsds.world.tokenizer import CONTEXT
 
@@ -90,3 +91,36 @@ def student_config(vocabulary: int, tokenizer: str | Path) -> dict:
             "pad_id": vocabulary - 1,
         },
     }
+
+
+def vilt_parts() -> tuple:
+    """(ViltConfig, ViltImageProcessor, tokenizer) of the embedded world's cross-modal student.
+
+    Words as its CLIP has them, patches of 8x8, and room for a question with its answer.
+    """
+    from transformers import AutoTokenizer, ViltConfig, ViltImageProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(str(STUDENT), local_files_only=True, model_max_length=2 * CONTEXT)
+    config = ViltConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2 * CONTEXT,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=4 * 96,
+        image_size=SIZE,
+        patch_size=8,
+        initializer_range=96**-0.5,
+    )
+    return config, ViltImageProcessor(size={"shortest_edge": SIZE}, size_divisor=8), tokenizer
+
+
+def vilt(config):
+    """ViltModel; words and places start at unit scale, matrices keep it (ViLT's 0.02 is for a width of 768)."""
+    from transformers import ViltModel
+
+    model = ViltModel(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("embeddings.weight", "position_embeddings")):
+            parameter.data.normal_()
+    return model
