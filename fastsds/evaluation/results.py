@@ -106,9 +106,17 @@ def load_result(folder: Path | str) -> Result:
 
 
 def about(suite: Suite, scorer) -> dict[str, Any]:
-    """What results depend on."""
-    asked = {"name": scorer.name, "settings": scorer.settings}
-    return json.loads(json.dumps({"suite": suite.name, "fingerprint": suite.fingerprint(), "scorer": asked}))
+    """What results depend on. Raises: ConfigError for a scorer's name or settings that JSON does not hold."""
+    if not isinstance(scorer.name, str):
+        raise ConfigError(f"scorer {scorer.name!r}: its name is to be text")
+    try:
+        settings = json.loads(json.dumps(scorer.settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scorer {scorer.name}: its settings are {scorer.settings!r}; expected texts, finite numbers, true, false, null, and "
+            f"lists and dicts of these: {error}"
+        ) from error
+    return {"suite": suite.name, "fingerprint": suite.fingerprint(), "scorer": {"name": scorer.name, "settings": settings}}
 
 
 class Growing:
