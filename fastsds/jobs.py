@@ -106,10 +106,14 @@ class Job:
 def claim(folder: Path) -> Iterator[int]:
     """Have a folder to oneself, and to what one starts: the lock is held until the last of them has ended, killed or not.
 
-    Returns: what `run` hands on. Raises: ConfigError if another has it.
+    Returns: what `run` hands on. Raises: ConfigError if another has it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; expected a folder that can be written, by --output") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -226,7 +230,7 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: boo
     if job.folder.exists():
         if any(job.folder.iterdir()) and not kept.is_file():
             raise ConfigError(f"{job.folder} holds files that this command did not write; name another --output")
-        same = kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == about
+        same = kept.is_file() and _object(kept) == about
         more = job.go_on() if same and not fresh else None
         if more is None:
             shutil.rmtree(job.folder)
@@ -246,6 +250,14 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: boo
             [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
             pass_fds=kept_open,
         )  # fmt: skip
+
+
+def _object(path: Path) -> dict | None:
+    """What a JSON file says; None where a full disk or a kill cut it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _finish(job: Job) -> dict:

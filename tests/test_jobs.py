@@ -249,3 +249,18 @@ def test_a_folder_is_in_use_as_long_as_anything_runs_there(tmp_path):
             pass
     with jobs.claim(tmp_path):
         pass
+
+
+def test_a_place_that_is_no_folder_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="file.*; expected a folder that can be written"), jobs.claim(folder):
+            pass
+
+
+def test_what_a_full_disk_cut_starts_anew(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "job.json").write_text('{"name": "a", "comm')
+    made = Job("a", tmp_path / "a", lambda: [sys.executable, "-c", ""], go_on=lambda: ["--on"])
+    jobs.run([made])
+    assert made.results is not None and json.loads((tmp_path / "a" / "job.json").read_text())["name"] == "a"
