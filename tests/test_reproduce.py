@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import released
+import torch
 import runs as trainer
 from experiments import SMALL, writer
 
-from fastsds import jobs, report
+from fastsds import comparison, jobs, report
 from fastsds.config import ConfigError, load_recipe
 from fastsds.evaluation.measures import Metric
 from fastsds.evaluation.results import Result
 from fastsds.evaluation.statistics import holm
+from fastsds.evaluation.suite import load_suite
+from fastsds.evaluation.suites import world
 from fastsds.reproduce import command
 from fastsds.reproduce.experiment import load
 from fastsds.reproduce.runs import Cell, plan
@@ -177,6 +180,37 @@ evaluation:
     assert [row[1] for row in rows if row[0] == "held out"] == ["world"] * 4 + ["other"] * 4
     assert {row[4] for row in rows if row[0] == "seen"} == {"-"}
     assert len(tables[2][1]) == 6 and [row[0] for row in tables[2][1]] == ["world"] * 3 + ["other"] * 3
+
+
+def test_a_metric_that_what_is_finished_has_not_is_one_error(file, tmp_path, monkeypatch):
+    """Not a claim that is left out, and so out of Holm's family."""
+    monkeypatch.setattr(jobs.Job, "finished", lambda job: job.results is not None)
+    for key, new in (("claims", "claims: [test/txt, "), ("zero_shot", "zero_shot: [test/txt, "), ("headline", "headline: [test/txt, ")):
+        made = canned(load(file(SMALL, (f"{key}: [", new)), tmp_path / key))
+        with pytest.raises(ConfigError, match=f"evaluation.world_test.{key}: world_test has no metric 'test/txt'; the nearest"):
+            command.look(made)
+
+
+def test_a_curve_of_a_reading_has_no_start(file, tmp_path):
+    path = file(SMALL, ("[seen/text, ", "[test/reading, "), ("    claims: [test/text, test/swap_object]\n", ""))
+    (panel,) = Findings(canned(load(path, tmp_path / "out"))).curves().values()
+    assert panel == {"L_CLIP + L_SDS": [(16.0, 40.5, pytest.approx(0.5**0.5)), (32.0, 40.5, pytest.approx(0.5**0.5))]}
+
+
+def test_the_reading_is_of_the_scenes_that_are_asked(monkeypatch):
+    """Those of the suite's own seed, the first of each kind."""
+    seen = []
+    monkeypatch.setattr(comparison, "load_teacher", lambda path: None)
+    monkeypatch.setattr(comparison, "diffusion_scores", lambda _, part, **how: seen.append(part) or np.ones((len(part), 2, 2)))
+    monkeypatch.setattr(comparison, "READING", {"items": 2, "draws": 4})
+    assert comparison.readings(load_suite("world_test", items=3, seed=7), "") == {"seen/reading": 0, "test/reading": 0}
+    for split, part in zip(("seen", "test"), seen, strict=True):
+        whole = world.first_of_each_kind(world.swaps("world_test", split, 3, 7), 2)
+        assert (part.split, part.kind, part.captions) == (split, whole.kind, whole.captions)
+        assert torch.equal(part.pixels, whole.pixels)
+    seen.clear()
+    comparison.readings(load_suite("world_test", items=1), "")
+    assert [part.kind for part in seen] == [["object", "colour", "shape"]] * 2
 
 
 def test_mean_and_deviation():

@@ -227,7 +227,9 @@ class Findings:
         for line in self.lines:
             seen = [self.plan.runs[c].results["pairs"] if c in self.plan.runs else 0 for c in self.cells[line]]
             for key in keys:
-                values = [self.metrics(cell)[key] for cell in self.cells[line]]
+                values = [metrics[key] for metrics in map(self.metrics, self.cells[line]) if key in metrics]
+                if not values:  # a start has no reading
+                    continue
                 names = [*[line.backbone] * (len(self.said.backbones) > 1), *[key[0]] * (len(asked) > 1), key[1]]
                 panel = found.setdefault(" ".join(names), {})
                 deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
