@@ -441,3 +441,8 @@ def test_what_stopping_trades(tmp_path, teacher, monkeypatch):
     gallery = load_suite("flickr30k_retrieval", *released.write("flickr30k_retrieval", tmp_path / "f", 3))
     with pytest.raises(ConfigError, match="a gallery, of which nothing is dropped"):
         stopping.measure(tmp_path / "none", teacher, gallery, "")
+
+
+def test_a_mistake_to_the_curve_is_one_line(tmp_path, capsys):
+    assert stopping.main([str(tmp_path / "out"), "--suite", "wynoground"]) == 2
+    assert "error: suite 'wynoground': expected one of" in capsys.readouterr().err and not (tmp_path / "out").exists()

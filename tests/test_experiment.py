@@ -51,7 +51,7 @@ def file(tmp_path):
     ("sets: {steps", "sets: {output: there, steps", "sets.output is the text 'there'; expected none: it is what `output` says"),
     ("seeds: 2", "recipe: no.yaml", "no.yaml: no such recipe file"),
     ("against: [clip]", "against: [clip, clip]", 'arms.sds.against is ["clip", "clip"]; expected each once'),
-    ("label: L_CLIP + L_SDS", "label: pretrained", "arms.sds.label is the text 'pretrained'; expected another than pretrained's"),
+    ("label: L_CLIP + L_SDS", "label: pretrained", "sds.label is the text 'pretrained'; expected another than pretrained's"),
     ("world_test:\n", "world_tset:\n", "evaluation.world_tset: suite 'world_tset': expected one of"),
     ("items: 8", "itmes: 8", "world_test.options: the name is the text 'itmes'; expected one of items, seed"),
     ("items: 8", "items: few", "evaluation.world_test.options.items is the text 'few'; expected a whole number"),

@@ -113,8 +113,8 @@ def about(suite: Suite, scorer) -> dict[str, Any]:
         settings = json.loads(json.dumps(scorer.settings, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"scorer {scorer.name}: its settings are {scorer.settings!r}; expected texts, finite numbers, true, false, null, and "
-            f"lists and dicts of these: {error}"
+            f"scorer {scorer.name}: its settings are {scorer.settings!r}; expected texts, finite numbers, true, false, null, "
+            f"and lists and dicts of these: {error}"
         ) from error
     return {"suite": suite.name, "fingerprint": suite.fingerprint(), "scorer": {"name": scorer.name, "settings": settings}}
 

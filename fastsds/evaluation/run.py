@@ -234,7 +234,7 @@ class Asked:
         ]
 
     def _checked(self, x, shape: tuple[int, int | None], of: str) -> np.ndarray:
-        """What a scorer gave, as an array. shape: what it must have, None: any. Raises: ConfigError, also for NaN and infinity."""
+        """What a scorer gave, as an array. shape: what it must have, None: any. Raises: ConfigError, also if not finite."""
         found, wanted = _array(x), f"[{shape[0]}, {'d' if shape[1] is None else shape[1]}]"
         if found.ndim != 2 or found.dtype.kind not in "fiub" or found.shape != (shape[0], shape[1] or found.shape[1]):
             got = f"{found.dtype} of shape {list(found.shape)}"

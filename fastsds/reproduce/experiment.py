@@ -183,7 +183,8 @@ def load(
     for backbone, pairs, arm in trained(said):
         recipe = experiment.recipe(backbone, pairs, arm)
         if pairs not in (ALL, recipe.data.samples):
-            raise ConfigError(f"--set data.samples={recipe.data.samples}: expected none with the file's pairs: {show(said.pairs)}")
+            found = f"--set data.samples={recipe.data.samples}"
+            raise ConfigError(f"{found}: expected none with the file's pairs: {show(said.pairs)}")
         if recipe.bank.path and recipe.data.source == "world" and recipe.data.samples is None:
             raise ConfigError(f"{file}: arms.{arm}: a bank needs a data set that ends; expected data.samples in sets, or pairs")
     return experiment
