@@ -233,7 +233,7 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: boo
         same = kept.is_file() and _object(kept) == about
         more = job.go_on() if same and not fresh else None
         if more is None:
-            shutil.rmtree(job.folder)
+            _empty(job.folder, kept)
         else:
             words = more
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -250,6 +250,15 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: boo
             [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
             pass_fds=kept_open,
         )  # fmt: skip
+
+
+def _empty(folder: Path, last: Path) -> None:
+    """Delete what is in a folder. last: goes last, so that what a Ctrl-C leaves is known for one's own."""
+    for path in [*(path for path in folder.iterdir() if path != last), last]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _object(path: Path) -> dict | None:

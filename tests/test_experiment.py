@@ -248,6 +248,25 @@ def test_sizes_are_those_of_the_file_alone(file, tmp_path):
     load(file(SMALL, ("[16, all]", "[all]")), tmp_path, ["data.samples=8"])
 
 
+def test_a_time_is_of_steps(file, tmp_path):
+    twin = "timed: {sets: {loss.lambda: 0}, same_time_as: sds}\n  sds: {l"
+    with pytest.raises(ConfigError, match="mine.yaml: arms.timed.same_time_as: steps is 0, and takes no time"):
+        load(file(SMALL, ("sds: {l", twin)), tmp_path, ["steps=0"])
+    made = plan(load(file(SMALL, ("sds: {l", twin)), tmp_path))
+    for seconds, steps in ((1.0, "steps=1"), (20.0, "steps=8")):
+        job = plan(made.experiment).runs[Cell("world", 16, "timed", 0)]
+        job.needs[0].results, job.needs[1].results = {"seconds": 10.0}, {"seconds": seconds}
+        assert steps in job.argv
+
+
+def test_what_another_teacher_read_is_another_evaluation(file, tmp_path):
+    """Also of a start, which no recipe's key is of."""
+    first = plan(load(file(), tmp_path))
+    other = plan(load(file(SMALL, ("sets: {", "sets: {teacher.path: other, ")), tmp_path))
+    start = first.evaluations[Cell("world", "all", "pretrained", 0), "world_test"]
+    assert start.fingerprint() != other.by_folder[start.folder].fingerprint()
+
+
 def test_each_size_has_a_cache_folder_of_its_own(file, tmp_path):
     made = load(file(SMALL, ("sets: {", "sets: {data.cache: cache, ")), tmp_path)
     for pairs, images in ((16, 16), ("all", 32), (16, 16)):

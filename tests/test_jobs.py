@@ -258,6 +258,24 @@ def test_a_place_that_is_no_folder_is_one_error(tmp_path):
             pass
 
 
+def test_ctrl_c_while_an_earlier_run_is_deleted_leaves_what_is_known(tmp_path, monkeypatch):
+    def job():
+        return small(tmp_path, "a", "")
+
+    def cut(folder):  # in whatever order
+        (Path(folder) / "job.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    jobs.run([job()])
+    (tmp_path / "a" / "done.json").unlink()
+    (tmp_path / "a" / "run").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(jobs.shutil, "rmtree", cut)
+        jobs.run([job()])
+    jobs.run([job()])
+    assert not (tmp_path / "a" / "run").exists()
+
+
 def test_what_a_full_disk_cut_starts_anew(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "job.json").write_text('{"name": "a", "comm')

@@ -185,6 +185,8 @@ def load(
         if pairs not in (ALL, recipe.data.samples):
             found = f"--set data.samples={recipe.data.samples}"
             raise ConfigError(f"{found}: expected none with the file's pairs: {show(said.pairs)}")
+        if said.arms[arm].same_time_as and not recipe.steps:
+            raise ConfigError(f"{file}: arms.{arm}.same_time_as: steps is 0, and takes no time; expected at least 1")
         if recipe.bank.path and recipe.data.source == "world" and recipe.data.samples is None:
             raise ConfigError(f"{file}: arms.{arm}: a bank needs a data set that ends; expected data.samples in sets, or pairs")
     return experiment

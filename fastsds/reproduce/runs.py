@@ -161,7 +161,7 @@ def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ..
 
     def command() -> list[str]:
         scale = pair[1].results["seconds"] / pair[0].results["seconds"] if pair else 1
-        steps = f"steps={round(recipe.steps * scale)}"
+        steps = f"steps={max(1, round(recipe.steps * scale)) if pair else recipe.steps}"
         argv = ["-m", "fastsds.train", "--recipe", str(folder / RECIPE), "--set", steps, "--output", str(run)]
         return [sys.executable, *argv]
 
@@ -187,6 +187,8 @@ def evaluation(
     name = asked.suite or suite
     key = {"suite": name, "path": asked.path, "options": asked.options, "student": [model, pretrained]}
     key["weights"] = comparison.weights()
+    if asked.path is None:
+        key["teacher"] = recipe.teacher.path  # whose reading is asked
 
     def here() -> dict:
         student = load_student(model, pretrained, device=device()).eval()
