@@ -183,4 +183,7 @@ def show(value) -> str:
     """A value as it is written in YAML, with its type where that helps."""
     if isinstance(value, str):
         return f"the text {value!r}"
-    return json.dumps(value, default=str)
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # a date as a key, a list in itself
+        return repr(value)

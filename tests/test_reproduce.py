@@ -158,6 +158,15 @@ def test_the_one_sided_interval_covers_a_loss_that_is_there_nineteen_times_in_tw
     assert 2 <= above <= 20  # 10 expected
 
 
+def test_rows_are_held_once_a_suite(file, tmp_path):
+    """Not of every student: of the paper's suites and runs they are 28 million."""
+    found = Findings(canned(load(file(), tmp_path / "out")))
+    found.tables()
+    assert len(found.kept) == 13 and [len(result.rows) for result in found.kept.values() if result.rows] == [8]
+    first = found.firsts["world_test"]
+    assert all(result.measures is first.measures for result in found.kept.values())
+
+
 def test_results_of_other_items_are_not_compared(file, tmp_path):
     made = canned(load(file(), tmp_path / "out"))
     path = made.evaluations[Cell("world", 16, "sds", 1), "world_test"].folder / "result.json"
