@@ -257,6 +257,22 @@ def test_what_was_stopped_goes_on_and_nothing_is_lost(name, kind, student, place
     assert evaluate(suite, nobody, tmp_path / "out").metrics == ours.metrics
 
 
+@pytest.mark.parametrize("name", ["winoground", "coco_retrieval"])
+def test_rows_that_two_commands_wrote_at_once_are_one_error(name, student, places, tmp_path):
+    """Each of them appended: what is there is counted neither twice nor in another's place."""
+    suite, scorer = loaded(name, places), ClipScorer(student)
+    evaluate(suite, scorer, tmp_path)
+    lines = (tmp_path / ITEMS).read_text().splitlines(keepends=True)
+    (tmp_path / ITEMS).write_text("".join(line * 2 for line in lines))
+    with pytest.raises(ConfigError, match=r"in result.json, and [\d.]+ of \d+ by items.jsonl"):
+        load_result(tmp_path)
+    with pytest.raises(ConfigError, match="items.jsonl: row 2 is not the suite's"):
+        evaluate(suite, scorer, tmp_path)
+    (tmp_path / ITEMS).write_text("".join([*lines, lines[0]]))
+    with pytest.raises(ConfigError, match=f"items.jsonl: row {len(lines) + 1} is not the suite's"):
+        evaluate(suite, scorer, tmp_path)
+
+
 def test_a_gallery_goes_on_with_another_batch(student, places, tmp_path):
     """What was kept of other batches is of other images and texts."""
     suite = loaded("coco_retrieval", places)

@@ -100,8 +100,10 @@ def load_result(folder: Path | str) -> Result:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{folder}: {RESULT} and {ITEMS} are not an evaluation's: {type(error).__name__} {error}") from error
     for name, value in result.metrics.items():
-        if abs(value - kept[name]["value"]) > 1e-9:
-            raise ConfigError(f"{folder}: {name} is {kept[name]['value']} in {RESULT}, and {value} by {ITEMS}")
+        n = result.measures[name].n
+        if abs(value - kept[name]["value"]) > 1e-9 or n != kept[name]["n"]:
+            said = f"{kept[name]['value']} of {kept[name]['n']} items in {RESULT}, and {value} of {n} by {ITEMS}"
+            raise ConfigError(f"{folder}: {name} is {said}")
     return result
 
 
@@ -134,7 +136,7 @@ class Growing:
             raise ConfigError(f"{folder}: {ITEMS} in it is of no known evaluation; name another folder")
         if known is not None:
             _same(known, about)
-            self.rows = _whole_lines(folder / ITEMS)[:size]
+            self.rows = _whole_lines(folder / ITEMS)
             self.finished = known.name == RESULT and len(self.rows) == size
             self.kept = {path.stem: np.load(path) for path in sorted((folder / WORK).glob("*.npy"))}
             return

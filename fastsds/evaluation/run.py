@@ -18,6 +18,7 @@ import torch
 
 from fastsds.config import ConfigError
 from fastsds.evaluation.prompts import pool_features, pool_scores
+from fastsds.evaluation.results import ITEMS as FILE
 from fastsds.evaluation.results import Growing, Result, about
 from fastsds.evaluation.scorer import BATCH
 from fastsds.evaluation.suite import Composed, Gallery, Suite
@@ -44,7 +45,7 @@ def evaluate(suite: Suite, scorer, folder: Path | str | None = None) -> Result:
     """
     ranks, asked = Ranks(), about(suite, scorer)
     where = None if folder is None or ranks.rank else Path(folder)
-    there = ranks.agreed(lambda: Growing(where, asked, suite.size))[0]
+    there = ranks.agreed(lambda: _checked_rows(suite, Growing(where, asked, suite.size)))[0]
     growing = there if ranks.rank == 0 else Growing(None, asked, suite.size, there.rows, there.kept)
     end = 0
     for number, part in enumerate(suite.parts if isinstance(suite, Composed) else [suite]):
@@ -56,6 +57,17 @@ def evaluate(suite: Suite, scorer, folder: Path | str | None = None) -> Result:
     result = Result(suite.name, growing.rows, suite.measures, suite.headline, {**asked, "notes": suite.notes})
     growing.finish(result)
     return result
+
+
+def _checked_rows(suite: Suite, growing: Growing) -> Growing:
+    """What is there already. Raises: ConfigError if its rows are not the suite's first ones, as where two commands wrote."""
+    ids = []
+    for part in suite.parts if isinstance(suite, Composed) else [suite]:
+        ids += [i for query in part.queries for i in query.ids] if part.gallery else [item.id for item in part.items]
+    if (found := [row.get("id") for row in growing.rows]) != ids[: len(found)]:
+        k = next((k for k, (a, b) in enumerate(zip(found, ids)) if a != b), len(ids))
+        raise ConfigError(f"{growing.folder / FILE}: row {k + 1} is not the suite's; delete the folder, or name another")
+    return growing
 
 
 def _item_rows(suite: Suite, asked: "Asked", done: int, growing: Growing, number: int) -> Iterator[list[dict]]:
