@@ -155,6 +155,8 @@ def run(
                     waiting.remove(job)
                     running.append(job)
                     job.place = None if job.argv is None else free[0]
+                    if not fresh and _is_other(job):
+                        line.note(f"{job.name}: what was cut off is of other settings or weights, and is begun anew")
                     _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,), fresh)
             for job in list(running):
                 try:
@@ -225,19 +227,17 @@ def _interrupt(number, frame):
 
 
 def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: bool) -> None:
-    words, about = [], {"name": job.name, "command": job.argv, "key": job.fingerprint()}
-    kept = job.folder / "job.json"
+    words, kept = [], job.folder / "job.json"
     if job.folder.exists():
         if any(job.folder.iterdir()) and not kept.is_file():
             raise ConfigError(f"{job.folder} holds files that this command did not write; name another --output")
-        same = kept.is_file() and _object(kept) == about
-        more = job.go_on() if same and not fresh else None
+        more = job.go_on() if kept.is_file() and not fresh and not _is_other(job) else None
         if more is None:
             _empty(job.folder, kept)
         else:
             words = more
     job.folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(_about(job), indent=1) + "\n", encoding="utf-8")
     for name, text in job.files().items():
         (job.folder / name).write_text(text, encoding="utf-8")
     job.began = time.monotonic()
@@ -250,6 +250,16 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: boo
             [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
             pass_fds=kept_open,
         )  # fmt: skip
+
+
+def _about(job: Job) -> dict:
+    return {"name": job.name, "command": job.argv, "key": job.fingerprint()}
+
+
+def _is_other(job: Job) -> bool:
+    """Whether what lies in a job's folder was started with other settings."""
+    kept = job.folder / "job.json"
+    return kept.is_file() and _object(kept) != _about(job)
 
 
 def _empty(folder: Path, last: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_mistake_while_measuring_is_one_clear_line(tmp_path):
     assert error.value.code == 2
 
 
-def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path):
+def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path, capsys):
     """Only if it says so, and only with the settings that it was started with."""
     code = "import sys; open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + '|')"
 
@@ -195,7 +195,9 @@ def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path):
     assert run() == "|"
     assert run() == "|--on|"
     assert run(go_on=lambda: None) == "|" == run(fresh=True)
+    assert "begun anew" not in capsys.readouterr().out
     assert run(2) == "|"
+    assert "a: what was cut off is of other settings or weights, and is begun anew" in capsys.readouterr().out
 
 
 def test_what_needs_a_job_that_changed_is_not_taken_for_finished(tmp_path):
