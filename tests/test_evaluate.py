@@ -219,6 +219,11 @@ def test_files_that_are_no_evaluation(student, places, tmp_path):
         (tmp_path / "out" / ITEMS).write_text(content)
         with pytest.raises(ConfigError, match=words):
             load_result(tmp_path / "out")
+    (tmp_path / "out" / ITEMS).write_text("".join(whole))
+    result = tmp_path / "out" / "result.json"
+    result.write_text(result.read_text().replace('"value":', '"valeu":'))
+    with pytest.raises(ConfigError, match="not an evaluation's: KeyError 'value'"):
+        load_result(tmp_path / "out")
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

@@ -95,15 +95,15 @@ def load_result(folder: Path | str) -> Result:
         result = Result(about["suite"], rows, {}, headline, about)
         sizes = {name: len(values) for name, values in result.outcomes.items()}
         result.measures |= {name: _metric(of, sizes[of["outcome"]]) for name, of in kept.items()}
+        told = {name: (float(of["value"]), of["n"]) for name, of in kept.items()}
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{folder}: {RESULT} and {ITEMS} are not an evaluation's: {type(error).__name__} {error}") from error
     for name, value in result.metrics.items():
-        n = result.measures[name].n
-        if abs(value - kept[name]["value"]) > 1e-9 or n != kept[name]["n"]:
-            said = f"{kept[name]['value']} of {kept[name]['n']} items in {RESULT}, and {value} of {n} by {ITEMS}"
-            raise ConfigError(f"{folder}: {name} is {said}")
+        (before, counted), n = told[name], result.measures[name].n
+        if abs(value - before) > 1e-9 or n != counted:
+            raise ConfigError(f"{folder}: {name} is {before} of {counted} items in {RESULT}, and {value} of {n} by {ITEMS}")
     return result
 
 
