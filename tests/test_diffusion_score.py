@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -384,6 +385,18 @@ def test_settings_are_what_scores_depend_on(teacher, folder):
     assert settings == again == json.loads(json.dumps(settings))
     others = ({"seed": 1}, {"correction": "unconditional"}, {"weighting": "snr"}, {"t_range": (0.2, 0.9)}, {"stop": None})
     assert all(DiffusionScorer(teacher, **{"steps": 4, "stop": 0.1} | other).settings != settings for other in others)
+
+
+@pytest.mark.parametrize("file, key, value", [
+    ("vae/config.json", "scaling_factor", 0.13025), ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2"),
+])  # fmt: skip
+def test_another_teacher_with_the_same_weights_has_other_settings(file, key, value, teacher, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    config = tmp_path / "other" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    ours, theirs = (DiffusionScorer(of, t_range=(0.0, 1.0)).settings for of in (teacher, Teacher.load(tmp_path / "other")))
+    del ours["log_snr"], theirs["log_snr"]  # whose ends may be the same
+    assert ours != theirs
 
 
 def test_evaluation_goes_on_where_it_was_stopped(tmp_path, teacher):

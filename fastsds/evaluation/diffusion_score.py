@@ -9,6 +9,7 @@ scores S(c, i) - S("", i) (DiffusionITM, NeurIPS 2023): some pictures are denois
 them. It changes which image a caption chooses, and never which caption an image chooses.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from math import isqrt
@@ -107,14 +108,19 @@ class DiffusionScorer:
 
     @property
     def settings(self) -> dict:
-        """What scores depend on; the teacher by digests of its parts' weights."""
+        """What scores depend on; the teacher by digests of its parts' weights and of its schedule, and latents' scale."""
         teacher, parts = self.teacher, ("unet", "vae", "text_encoder")
-        self._digests = self._digests or {part: weights_digest(getattr(teacher, part)) for part in parts}
+        if not self._digests:
+            self._digests = {part: weights_digest(getattr(teacher, part)) for part in parts}
+            levels = teacher.alphas_cumprod.cpu().numpy().tobytes()
+            self._digests["schedule"] = hashlib.blake2b(levels, digest_size=16).hexdigest()
+        vae = teacher.vae.config
         return {
             "steps": self.steps, "timesteps": list(self.span), "weighting": self.weighting, "stop": self.stop,
             "log_snr": list(level_range(teacher.alphas_cumprod, *self.span)), "seed": self.seed,
             "correction": CORRECTIONS[self.corrected], "dtype": str(teacher.dtype).removeprefix("torch."),
-            "prediction_type": teacher.prediction_type, "teacher": self._digests,
+            "prediction_type": teacher.prediction_type, "teacher": self._digests, "image_size": teacher.image_size,
+            "latents": {"scaling_factor": vae.scaling_factor, "shift_factor": vae.get("shift_factor")},
         }  # fmt: skip
 
     def score(self, images: Sequence[ImageRef], captions: Sequence[str]) -> np.ndarray:
