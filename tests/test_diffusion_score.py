@@ -387,6 +387,14 @@ def test_settings_are_what_scores_depend_on(teacher, folder):
     assert all(DiffusionScorer(teacher, **{"steps": 4, "stop": 0.1} | other).settings != settings for other in others)
 
 
+def test_a_vae_without_finite_latents_is_one_error(folder, tmp_path):
+    broken = Teacher.load(folder)
+    next(broken.vae.parameters()).data.fill_(torch.nan)
+    suite = load_suite("winoground", *released.write("winoground", tmp_path, 2))
+    with pytest.raises(ConfigError, match="scorer diffusion: teacher: the vae's latents of the first images are not finite"):
+        evaluate(suite, DiffusionScorer(broken, steps=1))
+
+
 @pytest.mark.parametrize("file, key, value", [
     ("vae/config.json", "scaling_factor", 0.13025), ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2"),
 ])  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 
 from fastsds import ops
 from fastsds.arguments import WEIGHTINGS, weights
+from fastsds.config import ConfigError
 from fastsds.data import SwapItems, digest
 from fastsds.evaluation.elimination import Race, run, spread
 from fastsds.evaluation.run import PAIRS
@@ -236,7 +237,10 @@ class DiffusionScorer:
 
     def _encoded(self, images: list[ImageRef]) -> torch.Tensor:
         """Latents of images, one after another: none depends on the others. Shapes: -> fp32 [n, C, h, w]."""
-        return torch.cat([self.teacher.encode(pixels(ref, self.teacher.image_size)[None]) for ref in images])
+        try:
+            return torch.cat([self.teacher.encode(pixels(ref, self.teacher.image_size)[None]) for ref in images])
+        except FloatingPointError as error:  # of the command line's --teacher and --precision
+            raise ConfigError(f"scorer {self.name}: {error}") from error
 
 
 def diffusion_scores(
