@@ -11,7 +11,7 @@ from fastsds.evaluation.diffusion_score import diffusion_scores
 from fastsds.evaluation.results import load_result
 from fastsds.evaluation.run import evaluate
 from fastsds.evaluation.scorer import ClipScorer
-from fastsds.evaluation.suite import Suite
+from fastsds.evaluation.suite import Suite, first_items
 from fastsds.evaluation.suites import world as world_suite
 from fastsds.evaluation.winoground import winoground
 from fastsds.metrics import read
@@ -32,9 +32,10 @@ def readings(suite: Suite, teacher: str, student: Student | None = None) -> dict
     student: None reads the images' own latents.
     """
     found = {}
-    for split in world_suite.SUITES.get(suite.name, ()):
-        items = suite.measures[f"{split}/swap_object"].n
-        part = world_suite.first_of_each_kind(world_suite.swaps(suite.name, split, items), min(items, READING["items"]))
+    for asked in suite.parts if suite.name in world_suite.SUITES else ():
+        if asked.gallery:
+            continue
+        split, part = asked.name, world_suite.drawn(first_items(asked, READING["items"]))
         latents = None if student is None else _latents(student, part)
         scores = diffusion_scores(load_teacher(teacher), part, draws=READING["draws"], latents=latents)
         found[f"{split}/reading"] = 100 * float(winoground(scores).text.mean())

@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> Experiment:
         raise ConfigError(f"--items is {asked.items}; expected at least 1")
     if asked.output is not None and asked.output.exists() and not asked.output.is_dir():
         raise ConfigError(f"--output: {asked.output} is not a folder")
-    found = files.load(files.find("demo"), asked.output, asked.set)
+    found = files.load(files.SHIPPED / "demo.yaml", asked.output, asked.set)
     if asked.items is None:
         return found
     suite = replace(found.said.evaluation[SUITE], options={"items": asked.items})

@@ -106,10 +106,14 @@ class Job:
 def claim(folder: Path) -> Iterator[int]:
     """Have a folder to oneself, and to what one starts: the lock is held until the last of them has ended, killed or not.
 
-    Returns: what `run` hands on. Raises: ConfigError if another has it.
+    Returns: what `run` hands on. Raises: ConfigError if another has it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; expected a folder that can be written, by --output") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -151,6 +155,8 @@ def run(
                     waiting.remove(job)
                     running.append(job)
                     job.place = None if job.argv is None else free[0]
+                    if not fresh and _is_other(job):
+                        line.note(f"{job.name}: what was cut off is of other settings or weights, and is begun anew")
                     _start(job, {} if job.place is None else places[job.place], () if lock is None else (lock,), fresh)
             for job in list(running):
                 try:
@@ -221,19 +227,17 @@ def _interrupt(number, frame):
 
 
 def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: bool) -> None:
-    words, about = [], {"name": job.name, "command": job.argv, "key": job.fingerprint()}
-    kept = job.folder / "job.json"
+    words, kept = [], job.folder / "job.json"
     if job.folder.exists():
         if any(job.folder.iterdir()) and not kept.is_file():
             raise ConfigError(f"{job.folder} holds files that this command did not write; name another --output")
-        same = kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == about
-        more = job.go_on() if same and not fresh else None
+        more = job.go_on() if kept.is_file() and not fresh and not _is_other(job) else None
         if more is None:
-            shutil.rmtree(job.folder)
+            _empty(job.folder, kept)
         else:
             words = more
     job.folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(_about(job), indent=1) + "\n", encoding="utf-8")
     for name, text in job.files().items():
         (job.folder / name).write_text(text, encoding="utf-8")
     job.began = time.monotonic()
@@ -246,6 +250,33 @@ def _start(job: Job, env: dict[str, str], kept_open: tuple[int, ...], fresh: boo
             [*job.argv, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
             pass_fds=kept_open,
         )  # fmt: skip
+
+
+def _about(job: Job) -> dict:
+    return {"name": job.name, "command": job.argv, "key": job.fingerprint()}
+
+
+def _is_other(job: Job) -> bool:
+    """Whether what lies in a job's folder was started with other settings."""
+    kept = job.folder / "job.json"
+    return kept.is_file() and _object(kept) != _about(job)
+
+
+def _empty(folder: Path, last: Path) -> None:
+    """Delete what is in a folder. last: goes last, so that what a Ctrl-C leaves is known for one's own."""
+    for path in [*(path for path in folder.iterdir() if path != last), last]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _object(path: Path) -> dict | None:
+    """What a JSON file says; None where a full disk or a kill cut it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _finish(job: Job) -> dict:

@@ -30,7 +30,10 @@ def settings_line(recipe: Recipe, latent: tuple[int, int, int], image_size: int,
         "lambda set by the gradients' ratio" if loss.lambda_ == "auto"
         else f"lambda {loss.lambda_:g} of the element mean = {loss.lambda_ / elements:.3g} of the summed norm"
     )  # fmt: skip
-    gradient = {"sds": "without the UNet's Jacobian", "full": "through the UNet", "latents": "to the real latents"}
+    gradient = {
+        "sds": "without the UNet's Jacobian", "amortised": "to a bank's targets", "full": "through the UNet",
+        "latents": "to the real latents",
+    }  # fmt: skip
     facts = (
         (recipe.student.tune != "layernorm", "all parameters train (LayerNorm's and h_w)"),
         (

@@ -29,6 +29,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key is a list or a section; a text that begins with { or [ is put in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
             seen.add(key)
@@ -180,4 +183,7 @@ def show(value) -> str:
     """A value as it is written in YAML, with its type where that helps."""
     if isinstance(value, str):
         return f"the text {value!r}"
-    return json.dumps(value, default=str)
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # a date as a key, a list in itself
+        return repr(value)

@@ -127,7 +127,9 @@ def test_out_of_range(override, expected, recipe_file):
     ("loss: {rho: 1, rho: 2}", "the key 'rho' is written twice"),
     ("seed: [1", "line 1"), ("- a\n- b\n", "a recipe is a section"), ("loss: 3", "loss is a section"),
     ("1: 2", "unknown key '1'"), ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
-    ("loss:\n", "loss is a section"),
+    ("loss:\n", "loss is a section"), ("{[a, b]: 1}", "line 1: a key is a list or a section"),
+    ("loss: {{x}: 1}", "a key is a list or a section; a text that begins with {"),
+    ("seed: {2026-01-01: 1}", "seed is {datetime.date"), ("seed: &a [*a]", "seed is [[...]]; expected a whole number"),
 ])
 def test_malformed_file(text, expected, recipe_file):
     path = recipe_file(text)

@@ -28,6 +28,13 @@ def test_first_line_says_what_differs():
     assert "log SNR" in report.settings_line(load_recipe(None, ["loss.t=null", "loss.log_snr=[-3, 1]"]), (4, 8, 8), 32, "x")
 
 
+def test_the_demo_is_the_shipped_one_with_any_gradient(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_text("seeds: 1")  # of somebody's own
+    asked = demo.parse(["--set", "loss.gradient=amortised", "--set", "data.samples=64", "--output", str(tmp_path / "out")])
+    assert "gradient to a bank's targets" in demo.first_line(asked)
+
+
 def test_a_tag_takes_no_commits_place(tmp_path, monkeypatch):
     """`git describe` names the nearest annotated tag, and a release has one."""
     import fastsds

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -386,6 +387,26 @@ def test_settings_are_what_scores_depend_on(teacher, folder):
     assert all(DiffusionScorer(teacher, **{"steps": 4, "stop": 0.1} | other).settings != settings for other in others)
 
 
+def test_a_vae_without_finite_latents_is_one_error(folder, tmp_path):
+    broken = Teacher.load(folder)
+    next(broken.vae.parameters()).data.fill_(torch.nan)
+    suite = load_suite("winoground", *released.write("winoground", tmp_path, 2))
+    with pytest.raises(ConfigError, match="scorer diffusion: teacher: the vae's latents of the first images are not finite"):
+        evaluate(suite, DiffusionScorer(broken, steps=1))
+
+
+@pytest.mark.parametrize("file, key, value", [
+    ("vae/config.json", "scaling_factor", 0.13025), ("scheduler/scheduler_config.json", "beta_schedule", "squaredcos_cap_v2"),
+])  # fmt: skip
+def test_another_teacher_with_the_same_weights_has_other_settings(file, key, value, teacher, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    config = tmp_path / "other" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    ours, theirs = (DiffusionScorer(of, t_range=(0.0, 1.0)).settings for of in (teacher, Teacher.load(tmp_path / "other")))
+    del ours["log_snr"], theirs["log_snr"]  # whose ends may be the same
+    assert ours != theirs
+
+
 def test_evaluation_goes_on_where_it_was_stopped(tmp_path, teacher):
     """The same rows, with `stop` as well: what an item scores depends on it alone."""
     (tmp_path / "w").mkdir()
@@ -441,3 +462,8 @@ def test_what_stopping_trades(tmp_path, teacher, monkeypatch):
     gallery = load_suite("flickr30k_retrieval", *released.write("flickr30k_retrieval", tmp_path / "f", 3))
     with pytest.raises(ConfigError, match="a gallery, of which nothing is dropped"):
         stopping.measure(tmp_path / "none", teacher, gallery, "")
+
+
+def test_a_mistake_to_the_curve_is_one_line(tmp_path, capsys):
+    assert stopping.main([str(tmp_path / "out"), "--suite", "wynoground"]) == 2
+    assert "error: suite 'wynoground': expected one of" in capsys.readouterr().err and not (tmp_path / "out").exists()

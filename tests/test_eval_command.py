@@ -289,7 +289,8 @@ class Stopped(Scorer):
 class Bare:
     score = None
 
-bare, made = Bare(), Scorer("made")
+bare, made, unnamed = Bare(), Scorer("made"), Scorer(3)
+OF = 3
 '''
 
 
@@ -310,8 +311,10 @@ def test_a_scorer_of_ones_own(own, run, refuses, home, here):
         ("own_scorers:nothing", "module 'own_scorers' has no attribute"),
         ("nobodys:nothing", "No module named 'nobodys'"),
         (":nothing", "Empty module name"),
+        ("own_scorers:OF", "it is 3; expected a scorer, or what makes one"),
     ):
         refuses(f"--scorer {name}: {pattern}", "--scorer", name, "--suite", "mmvp")
+    refuses("scorer 3: its name is to be text", "--scorer", "own_scorers:unnamed", "--suite", "mmvp")
 
 
 def test_what_is_stopped_goes_on(own, run, home, here, capsys):

@@ -219,6 +219,11 @@ def test_files_that_are_no_evaluation(student, places, tmp_path):
         (tmp_path / "out" / ITEMS).write_text(content)
         with pytest.raises(ConfigError, match=words):
             load_result(tmp_path / "out")
+    (tmp_path / "out" / ITEMS).write_text("".join(whole))
+    result = tmp_path / "out" / "result.json"
+    result.write_text(result.read_text().replace('"value":', '"valeu":'))
+    with pytest.raises(ConfigError, match="not an evaluation's: KeyError 'value'"):
+        load_result(tmp_path / "out")
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
@@ -255,6 +260,56 @@ def test_what_was_stopped_goes_on_and_nothing_is_lost(name, kind, student, place
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["items.jsonl", "result.json"]
     nobody = Counting(scorer, kind, 0)  # what is finished is read
     assert evaluate(suite, nobody, tmp_path / "out").metrics == ours.metrics
+
+
+@pytest.mark.parametrize("name", ["winoground", "coco_retrieval"])
+def test_rows_that_two_commands_wrote_at_once_are_one_error(name, student, places, tmp_path):
+    """Each of them appended: what is there is counted neither twice nor in another's place."""
+    suite, scorer = loaded(name, places), ClipScorer(student)
+    evaluate(suite, scorer, tmp_path)
+    lines = (tmp_path / ITEMS).read_text().splitlines(keepends=True)
+    (tmp_path / ITEMS).write_text("".join(line * 2 for line in lines))
+    with pytest.raises(ConfigError, match=r"in result.json, and [\d.]+ of \d+ by items.jsonl"):
+        load_result(tmp_path)
+    with pytest.raises(ConfigError, match="items.jsonl: row 2 is not the suite's"):
+        evaluate(suite, scorer, tmp_path)
+    (tmp_path / ITEMS).write_text("".join([*lines, lines[0]]))
+    with pytest.raises(ConfigError, match=f"items.jsonl: row {len(lines) + 1} is not the suite's"):
+        evaluate(suite, scorer, tmp_path)
+
+
+def test_a_gallery_goes_on_with_another_batch(student, places, tmp_path):
+    """What was kept of other batches is of other images and texts."""
+    suite = loaded("coco_retrieval", places)
+    expected = evaluate(suite, Counting(ClipScorer(student), "features")).rows
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(suite, Counting(ClipScorer(student), "features", 6), tmp_path)
+    other = Counting(ClipScorer(student), "features")
+    other.batch = 3
+    assert evaluate(suite, other, tmp_path).rows == expected
+
+
+def test_a_scorer_of_features_needs_no_batch(student, places):
+    class Features:
+        name, settings = "features", {}
+        score = None
+
+        def __init__(self):
+            scorer = ClipScorer(student)
+            self.encode_images, self.encode_texts = scorer.encode_images, scorer.encode_texts
+
+    for name in ("winoground", "coco_retrieval"):
+        suite = loaded(name, places)
+        assert evaluate(suite, Features()).metrics == evaluate(suite, ClipScorer(student)).metrics
+
+
+@pytest.mark.parametrize("settings", [{"dtype": torch.float16}, {"low": -np.inf}, {("a", 1): 2}, {"of": Path("x")}])
+def test_settings_that_json_does_not_hold_are_one_error(settings, places, tmp_path):
+    scorer = Given(lambda c, i: np.eye(2))
+    scorer.settings = settings
+    with pytest.raises(ConfigError, match="scorer given: its settings are .*; expected texts, finite numbers"):
+        evaluate(loaded("winoground", places), scorer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_evaluation_in_the_folder_is_one_error(student, places, tmp_path):
@@ -414,6 +469,7 @@ class Given:
     "make, said",
     [
         (lambda c, i: np.full((c, i), np.nan), "NaN"),
+        (lambda c, i: np.full((c, i), -np.inf), "infinity; expected finite numbers"),
         (lambda c, i: np.ones((c, 1)), r"\[\d+, \d+\] expected, got float64 of shape \[\d+, 1\]"),
         (lambda c, i: np.ones((c * i,)), "expected, got float64 of shape"),
         (lambda c, i: "none", "numbers of shape"),

@@ -11,6 +11,7 @@ from experiments import SMALL, writer
 
 from fastsds import jobs
 from fastsds.config import CONFIGS, ConfigError, as_dict, load_recipe
+from fastsds.data.cache import PixelCache
 from fastsds.reproduce import command
 from fastsds.reproduce.experiment import SHIPPED, find, load, missing
 from fastsds.reproduce.runs import Cell, plan
@@ -49,6 +50,17 @@ def file(tmp_path):
     ("loss.lambda: 0", "seed: 3", "arms.clip.sets.seed is 3; expected none: it is what `seeds` says"),
     ("sets: {steps", "sets: {output: there, steps", "sets.output is the text 'there'; expected none: it is what `output` says"),
     ("seeds: 2", "recipe: no.yaml", "no.yaml: no such recipe file"),
+    ("against: [clip]", "against: [clip, clip]", 'arms.sds.against is ["clip", "clip"]; expected each once'),
+    ("label: L_CLIP + L_SDS", "label: pretrained", "sds.label is the text 'pretrained'; expected another than pretrained's"),
+    ("world_test:\n", "world_tset:\n", "evaluation.world_tset: suite 'world_tset': expected one of"),
+    ("items: 8", "itmes: 8", "world_test.options: the name is the text 'itmes'; expected one of items, seed"),
+    ("items: 8", "items: few", "evaluation.world_test.options.items is the text 'few'; expected a whole number"),
+    ("items: 8", "items: true", "evaluation.world_test.options.items is true; expected a whole number"),
+    ("items: 8", "seed: 2026-01-01", "evaluation.world_test.options.seed is \"2026-01-01\"; expected a whole number"),
+    ("items: 8", "3: 8", "evaluation.world_test.options: the name is 3; expected one of"),
+    ("items: 8", "path: here", "evaluation.world_test.options: the name is the text 'path'; expected one of"),
+    ("world_test:", "winoground: {path: x, options: {images: [a]}}\n  world_test:", "images is [\"a\"]; expected text"),
+    ("world_test:", "winoground: {path: ''}\n  world_test:", "evaluation.winoground.path is the text ''; expected a text"),
 ])  # fmt: skip
 def test_a_mistake_in_the_file_names_file_key_and_what_was_expected(old, new, expected, file):
     path = file(SMALL, (old, new))
@@ -59,8 +71,6 @@ def test_a_mistake_in_the_file_names_file_key_and_what_was_expected(old, new, ex
 
 
 @pytest.mark.parametrize("old, new, expected", [
-    ("world_test:\n", "world_tset:\n", "evaluation.world_tset: suite 'world_tset': expected one of"),
-    ("items: 8", "itmes: 8", "evaluation.world_test: suite world_test: unknown option 'itmes'"),
     ("[seen/text,", "[seen/txt,", "world_test.headline: world_test has no metric 'seen/txt'; the nearest is 'seen/text'"),
     ("claims: [test/text,", "claims: [test/reading,", "claims: world_test has no metric 'test/reading'; the nearest is"),
     ("zero_shot: [", "zero_shot: [accuracy, ", "zero_shot: world_test has no metric 'accuracy'"),
@@ -228,6 +238,48 @@ def test_fewer_seeds_and_some_arms_are_part_of_the_whole(tmp_path):
     for only, words in ((["clop"], "'clop' is not one of clip"), (["clip_same_wall_time", "clip"], "name sds, too")):
         with pytest.raises(ConfigError, match=words):
             load(find("spine"), tmp_path, only=only)
+
+
+def test_sizes_are_those_of_the_file_alone(file, tmp_path):
+    """Else a row says 16 pairs of a run that had others."""
+    for text in ("data.samples=8", "data={samples: 8}"):
+        with pytest.raises(ConfigError, match="--set data.samples=8: expected none with the file's pairs: .16, .all.."):
+            load(file(), tmp_path, [text])
+    load(file(SMALL, ("[16, all]", "[all]")), tmp_path, ["data.samples=8"])
+
+
+def test_a_time_is_of_steps(file, tmp_path):
+    twin = "timed: {sets: {loss.lambda: 0}, same_time_as: sds}\n  sds: {l"
+    with pytest.raises(ConfigError, match="mine.yaml: arms.timed.same_time_as: steps is 0, and takes no time"):
+        load(file(SMALL, ("sds: {l", twin)), tmp_path, ["steps=0"])
+    made = plan(load(file(SMALL, ("sds: {l", twin)), tmp_path))
+    for seconds, steps in ((1.0, "steps=1"), (20.0, "steps=8")):
+        job = plan(made.experiment).runs[Cell("world", 16, "timed", 0)]
+        job.needs[0].results, job.needs[1].results = {"seconds": 10.0}, {"seconds": seconds}
+        assert steps in job.argv
+
+
+def test_what_another_teacher_read_is_another_evaluation(file, tmp_path):
+    """Also of a start, which no recipe's key is of."""
+    first = plan(load(file(), tmp_path))
+    other = plan(load(file(SMALL, ("sets: {", "sets: {teacher.path: other, ")), tmp_path))
+    start = first.evaluations[Cell("world", "all", "pretrained", 0), "world_test"]
+    assert start.fingerprint() != other.by_folder[start.folder].fingerprint()
+
+
+def test_each_size_has_a_cache_folder_of_its_own(file, tmp_path):
+    made = load(file(SMALL, ("sets: {", "sets: {data.cache: cache, ")), tmp_path)
+    for pairs, images in ((16, 16), ("all", 32), (16, 16)):
+        PixelCache(made.recipe("world", pairs, "clip").data.cache, f"{pairs}", images)
+
+
+def test_a_start_has_one_name_whatever_the_seed(file, tmp_path):
+    """Also where one arm starts as it is, for all seeds, and another is pretrained for each."""
+    words = 'pretrain: [python, -c, pass, "{folder}"], '
+    made = plan(load(file(SMALL, ("sds: {l", f"sds: {{{words}l")), tmp_path))
+    for cell, start in made.starts.items():
+        arm, seed = ("pretrained_sds", cell.seed) if cell.arm == "sds" else ("pretrained", 0)
+        assert start == Cell("world", "all", arm, seed)
 
 
 def test_a_run_at_a_time_on_each_gpu_or_two_on_the_cpu(monkeypatch):

@@ -177,7 +177,7 @@ def test_a_mistake_while_measuring_is_one_clear_line(tmp_path):
     assert error.value.code == 2
 
 
-def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path):
+def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path, capsys):
     """Only if it says so, and only with the settings that it was started with."""
     code = "import sys; open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + '|')"
 
@@ -195,7 +195,9 @@ def test_what_was_cut_off_goes_on_with_what_it_kept(tmp_path):
     assert run() == "|"
     assert run() == "|--on|"
     assert run(go_on=lambda: None) == "|" == run(fresh=True)
+    assert "begun anew" not in capsys.readouterr().out
     assert run(2) == "|"
+    assert "a: what was cut off is of other settings or weights, and is begun anew" in capsys.readouterr().out
 
 
 def test_what_needs_a_job_that_changed_is_not_taken_for_finished(tmp_path):
@@ -249,3 +251,36 @@ def test_a_folder_is_in_use_as_long_as_anything_runs_there(tmp_path):
             pass
     with jobs.claim(tmp_path):
         pass
+
+
+def test_a_place_that_is_no_folder_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="file.*; expected a folder that can be written"), jobs.claim(folder):
+            pass
+
+
+def test_ctrl_c_while_an_earlier_run_is_deleted_leaves_what_is_known(tmp_path, monkeypatch):
+    def job():
+        return small(tmp_path, "a", "")
+
+    def cut(folder):  # in whatever order
+        (Path(folder) / "job.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    jobs.run([job()])
+    (tmp_path / "a" / "done.json").unlink()
+    (tmp_path / "a" / "run").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(jobs.shutil, "rmtree", cut)
+        jobs.run([job()])
+    jobs.run([job()])
+    assert not (tmp_path / "a" / "run").exists()
+
+
+def test_what_a_full_disk_cut_starts_anew(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "job.json").write_text('{"name": "a", "comm')
+    made = Job("a", tmp_path / "a", lambda: [sys.executable, "-c", ""], go_on=lambda: ["--on"])
+    jobs.run([made])
+    assert made.results is not None and json.loads((tmp_path / "a" / "job.json").read_text())["name"] == "a"

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import released
 import runs as trainer
+import torch
 from experiments import SMALL, writer
 
-from fastsds import jobs, report
+from fastsds import comparison, jobs, report
 from fastsds.config import ConfigError, load_recipe
 from fastsds.evaluation.measures import Metric
 from fastsds.evaluation.results import Result
 from fastsds.evaluation.statistics import holm
+from fastsds.evaluation.suite import load_suite
+from fastsds.evaluation.suites import world
 from fastsds.reproduce import command
 from fastsds.reproduce.experiment import load
 from fastsds.reproduce.runs import Cell, plan
@@ -155,6 +158,15 @@ def test_the_one_sided_interval_covers_a_loss_that_is_there_nineteen_times_in_tw
     assert 2 <= above <= 20  # 10 expected
 
 
+def test_rows_are_held_once_a_suite(file, tmp_path):
+    """Not of every student: of the paper's suites and runs they are 28 million."""
+    found = Findings(canned(load(file(), tmp_path / "out")))
+    found.tables()
+    assert len(found.kept) == 13 and [len(result.rows) for result in found.kept.values() if result.rows] == [8]
+    first = found.firsts["world_test"]
+    assert all(result.measures is first.measures for result in found.kept.values())
+
+
 def test_results_of_other_items_are_not_compared(file, tmp_path):
     made = canned(load(file(), tmp_path / "out"))
     path = made.evaluations[Cell("world", 16, "sds", 1), "world_test"].folder / "result.json"
@@ -177,6 +189,37 @@ evaluation:
     assert [row[1] for row in rows if row[0] == "held out"] == ["world"] * 4 + ["other"] * 4
     assert {row[4] for row in rows if row[0] == "seen"} == {"-"}
     assert len(tables[2][1]) == 6 and [row[0] for row in tables[2][1]] == ["world"] * 3 + ["other"] * 3
+
+
+def test_a_metric_that_what_is_finished_has_not_is_one_error(file, tmp_path, monkeypatch):
+    """Not a claim that is left out, and so out of Holm's family."""
+    monkeypatch.setattr(jobs.Job, "finished", lambda job: job.results is not None)
+    for key in ("claims", "zero_shot", "headline"):
+        made = canned(load(file(SMALL, (f"{key}: [", f"{key}: [test/txt, ")), tmp_path / key))
+        with pytest.raises(ConfigError, match=f"evaluation.world_test.{key}: world_test has no metric 'test/txt'; the nearest"):
+            command.look(made)
+
+
+def test_a_curve_of_a_reading_has_no_start(file, tmp_path):
+    path = file(SMALL, ("[seen/text, ", "[test/reading, "), ("    claims: [test/text, test/swap_object]\n", ""))
+    (panel,) = Findings(canned(load(path, tmp_path / "out"))).curves().values()
+    assert panel == {"L_CLIP + L_SDS": [(16.0, 40.5, pytest.approx(0.5**0.5)), (32.0, 40.5, pytest.approx(0.5**0.5))]}
+
+
+def test_the_reading_is_of_the_scenes_that_are_asked(monkeypatch):
+    """Those of the suite's own seed, the first of each kind."""
+    seen = []
+    monkeypatch.setattr(comparison, "load_teacher", lambda path: None)
+    monkeypatch.setattr(comparison, "diffusion_scores", lambda _, part, **how: seen.append(part) or np.ones((len(part), 2, 2)))
+    monkeypatch.setattr(comparison, "READING", {"items": 2, "draws": 4})
+    assert comparison.readings(load_suite("world_test", items=3, seed=7), "") == {"seen/reading": 0, "test/reading": 0}
+    for split, part in zip(("seen", "test"), seen, strict=True):
+        whole = world.first_of_each_kind(world.swaps("world_test", split, 3, 7), 2)
+        assert (part.split, part.kind, part.captions) == (split, whole.kind, whole.captions)
+        assert torch.equal(part.pixels, whole.pixels)
+    seen.clear()
+    comparison.readings(load_suite("world_test", items=1), "")
+    assert [part.kind for part in seen] == [["object", "colour", "shape"]] * 2
 
 
 def test_mean_and_deviation():

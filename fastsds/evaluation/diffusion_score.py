@@ -9,6 +9,7 @@ scores S(c, i) - S("", i) (DiffusionITM, NeurIPS 2023): some pictures are denois
 them. It changes which image a caption chooses, and never which caption an image chooses.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from math import isqrt
@@ -18,6 +19,7 @@ import torch
 
 from fastsds import ops
 from fastsds.arguments import WEIGHTINGS, weights
+from fastsds.config import ConfigError
 from fastsds.data import SwapItems, digest
 from fastsds.evaluation.elimination import Race, run, spread
 from fastsds.evaluation.run import PAIRS
@@ -107,14 +109,19 @@ class DiffusionScorer:
 
     @property
     def settings(self) -> dict:
-        """What scores depend on; the teacher by digests of its parts' weights."""
+        """What scores depend on; the teacher by digests of its parts' weights and of its schedule, and latents' scale."""
         teacher, parts = self.teacher, ("unet", "vae", "text_encoder")
-        self._digests = self._digests or {part: weights_digest(getattr(teacher, part)) for part in parts}
+        if not self._digests:
+            self._digests = {part: weights_digest(getattr(teacher, part)) for part in parts}
+            levels = teacher.alphas_cumprod.cpu().numpy().tobytes()
+            self._digests["schedule"] = hashlib.blake2b(levels, digest_size=16).hexdigest()
+        vae = teacher.vae.config
         return {
             "steps": self.steps, "timesteps": list(self.span), "weighting": self.weighting, "stop": self.stop,
             "log_snr": list(level_range(teacher.alphas_cumprod, *self.span)), "seed": self.seed,
             "correction": CORRECTIONS[self.corrected], "dtype": str(teacher.dtype).removeprefix("torch."),
-            "prediction_type": teacher.prediction_type, "teacher": self._digests,
+            "prediction_type": teacher.prediction_type, "teacher": self._digests, "image_size": teacher.image_size,
+            "latents": {"scaling_factor": vae.scaling_factor, "shift_factor": vae.get("shift_factor")},
         }  # fmt: skip
 
     def score(self, images: Sequence[ImageRef], captions: Sequence[str]) -> np.ndarray:
@@ -230,7 +237,10 @@ class DiffusionScorer:
 
     def _encoded(self, images: list[ImageRef]) -> torch.Tensor:
         """Latents of images, one after another: none depends on the others. Shapes: -> fp32 [n, C, h, w]."""
-        return torch.cat([self.teacher.encode(pixels(ref, self.teacher.image_size)[None]) for ref in images])
+        try:
+            return torch.cat([self.teacher.encode(pixels(ref, self.teacher.image_size)[None]) for ref in images])
+        except FloatingPointError as error:  # of the command line's --teacher and --precision
+            raise ConfigError(f"scorer {self.name}: {error}") from error
 
 
 def diffusion_scores(

@@ -77,6 +77,8 @@ def own(text: str, model: str | None):
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--scorer {text}: {error}; expected MODULE:NAME, of a module that Python finds from here") from error
     if isinstance(found, type) or not hasattr(found, "score"):
+        if not callable(found):
+            raise ConfigError(f"--scorer {text}: it is {found!r}; expected a scorer, or what makes one")
         found = found() if model is None else found(model)
     if missing := [of for of in ("score", "name", "settings") if not hasattr(found, of)]:
         raise ConfigError(
@@ -88,7 +90,7 @@ def own(text: str, model: str | None):
 
 def folder(scorer) -> str:
     """The name of a scorer as a folder's."""
-    return re.sub(r"[^\w.+-]+", "_", scorer.name).strip("_.") or "model"
+    return re.sub(r"[^\w.+-]+", "_", str(scorer.name)).strip("_.") or "model"
 
 
 def _listed() -> list[str]:

@@ -95,20 +95,30 @@ def load_result(folder: Path | str) -> Result:
         result = Result(about["suite"], rows, {}, headline, about)
         sizes = {name: len(values) for name, values in result.outcomes.items()}
         result.measures |= {name: _metric(of, sizes[of["outcome"]]) for name, of in kept.items()}
+        told = {name: (float(of["value"]), of["n"]) for name, of in kept.items()}
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{folder}: {RESULT} and {ITEMS} are not an evaluation's: {type(error).__name__} {error}") from error
     for name, value in result.metrics.items():
-        if abs(value - kept[name]["value"]) > 1e-9:
-            raise ConfigError(f"{folder}: {name} is {kept[name]['value']} in {RESULT}, and {value} by {ITEMS}")
+        (before, counted), n = told[name], result.measures[name].n
+        if abs(value - before) > 1e-9 or n != counted:
+            raise ConfigError(f"{folder}: {name} is {before} of {counted} items in {RESULT}, and {value} of {n} by {ITEMS}")
     return result
 
 
 def about(suite: Suite, scorer) -> dict[str, Any]:
-    """What results depend on."""
-    asked = {"name": scorer.name, "settings": scorer.settings}
-    return json.loads(json.dumps({"suite": suite.name, "fingerprint": suite.fingerprint(), "scorer": asked}))
+    """What results depend on. Raises: ConfigError for a scorer's name or settings that JSON does not hold."""
+    if not isinstance(scorer.name, str):
+        raise ConfigError(f"scorer {scorer.name!r}: its name is to be text")
+    try:
+        settings = json.loads(json.dumps(scorer.settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scorer {scorer.name}: its settings are {scorer.settings!r}; expected texts, finite numbers, true, false, null, "
+            f"and lists and dicts of these: {error}"
+        ) from error
+    return {"suite": suite.name, "fingerprint": suite.fingerprint(), "scorer": {"name": scorer.name, "settings": settings}}
 
 
 class Growing:
@@ -126,7 +136,7 @@ class Growing:
             raise ConfigError(f"{folder}: {ITEMS} in it is of no known evaluation; name another folder")
         if known is not None:
             _same(known, about)
-            self.rows = _whole_lines(folder / ITEMS)[:size]
+            self.rows = _whole_lines(folder / ITEMS)
             self.finished = known.name == RESULT and len(self.rows) == size
             self.kept = {path.stem: np.load(path) for path in sorted((folder / WORK).glob("*.npy"))}
             return

@@ -18,11 +18,13 @@ import torch
 
 from fastsds.config import ConfigError
 from fastsds.evaluation.prompts import pool_features, pool_scores
+from fastsds.evaluation.results import ITEMS as FILE
 from fastsds.evaluation.results import Growing, Result, about
+from fastsds.evaluation.scorer import BATCH
 from fastsds.evaluation.suite import Composed, Gallery, Suite
 from fastsds.progress import watched
 
-ITEMS = 8  # a task, of a scorer without `batch`
+ITEMS = 8  # a task, of a scorer without `batch` (and of one that has features, scorer.BATCH)
 PAIRS = 256  # of a gallery, a task, of a scorer without features
 
 
@@ -38,11 +40,12 @@ def evaluate(suite: Suite, scorer, folder: Path | str | None = None) -> Result:
 
     Args: scorer: see `scorer.Scorer`. folder: where rows are appended as they come, and the result is written; what was
         stopped there goes on, what is finished is read. None: nothing is written.
-    Raises: ConfigError if the folder holds another evaluation, an image cannot be read, or scores have NaN or another shape.
+    Raises: ConfigError if the folder holds another evaluation, an image cannot be read, scores have another shape or are
+        not finite, or the scorer's settings are not of JSON's kinds.
     """
     ranks, asked = Ranks(), about(suite, scorer)
     where = None if folder is None or ranks.rank else Path(folder)
-    there = ranks.agreed(lambda: Growing(where, asked, suite.size))[0]
+    there = ranks.agreed(lambda: _checked_rows(suite, Growing(where, asked, suite.size)))[0]
     growing = there if ranks.rank == 0 else Growing(None, asked, suite.size, there.rows, there.kept)
     end = 0
     for number, part in enumerate(suite.parts if isinstance(suite, Composed) else [suite]):
@@ -56,16 +59,27 @@ def evaluate(suite: Suite, scorer, folder: Path | str | None = None) -> Result:
     return result
 
 
+def _checked_rows(suite: Suite, growing: Growing) -> Growing:
+    """What is there already. Raises: ConfigError if its rows are not the suite's first ones, as where two commands wrote."""
+    ids = []
+    for part in suite.parts if isinstance(suite, Composed) else [suite]:
+        ids += [i for query in part.queries for i in query.ids] if part.gallery else [item.id for item in part.items]
+    if (found := [row.get("id") for row in growing.rows]) != ids[: len(found)]:
+        k = next((k for k, (a, b) in enumerate(zip(found, ids)) if a != b), len(ids))
+        raise ConfigError(f"{growing.folder / FILE}: row {k + 1} is not the suite's; delete the folder, or name another")
+    return growing
+
+
 def _item_rows(suite: Suite, asked: "Asked", done: int, growing: Growing, number: int) -> Iterator[list[dict]]:
     """The rows of a suite's items from the done-th on, as they come, in the order of the items."""
     if not asked.encodes:
-        size = getattr(asked.scorer, "batch", ITEMS)
+        size = asked.batch
         starts = range(done - done % size, len(suite.items), size)
         tasks = {first: Task("items", suite.items[first : first + size]) for first in starts}
         for first, scores in asked.answers(tasks):
             yield suite.rows(scores, first)[max(0, done - first) :]
         return
-    tasks, place = _batches([(item.images, item.captions) for item in suite.items], asked.scorer.batch)
+    tasks, place = _batches([(item.images, item.captions) for item in suite.items], asked.batch)
     kinds = [[("images", ref) for ref in item.images] + [("texts", text) for text in item.captions] for item in suite.items]
     needs = [{place[x][0] for x in of} for of in kinds]
     features: dict[int, np.ndarray] = {}
@@ -86,12 +100,15 @@ def _gallery_rows(suite: Gallery, asked: "Asked", done: int, growing: Growing, n
     """The rows of a gallery from the done-th on. What was answered before is kept in the folder until then."""
     if asked.encodes:
         wants = [(item.images, ()) for item in suite.items] + [((), text) for text in suite.texts]
-        tasks, place = _batches(wants, asked.scorer.batch)
+        size = asked.batch
+        tasks, place = _batches(wants, size)
     else:
+        size = PAIRS
         tasks, place = _blocks(suite)
-    found = {n: growing.kept[key] for n in range(len(tasks)) if (key := f"{number}_{n}") in growing.kept}
+    keys = [f"{number}_{n}_of_{size}" for n in range(len(tasks))]  # another `batch` has other tasks under these numbers
+    found = {n: growing.kept[key] for n, key in enumerate(keys) if key in growing.kept}
     for n, answer in asked.answers({n: task for n, task in enumerate(tasks) if n not in found}):
-        growing.keep(f"{number}_{n}", answer)
+        growing.keep(keys[n], answer)
         found[n] = answer
     if asked.encodes:
         scores = _similarity(suite, found, place)
@@ -181,6 +198,7 @@ class Asked:
     def __init__(self, scorer, ranks: "Ranks", suite: str):
         self.scorer, self.ranks, self.text = scorer, ranks, f"{suite}, {scorer.name}"
         self.encodes = hasattr(scorer, "encode_images") and hasattr(scorer, "encode_texts")
+        self.batch = getattr(scorer, "batch", BATCH if self.encodes else ITEMS)
 
     def answers(self, tasks: dict[int, Task]) -> Iterator[tuple[int, Any]]:
         """Each task's number and answer, on every rank."""
@@ -228,13 +246,14 @@ class Asked:
         ]
 
     def _checked(self, x, shape: tuple[int, int | None], of: str) -> np.ndarray:
-        """What a scorer gave, as an array. shape: what it must have, None: any. Raises: ConfigError, also for NaN."""
+        """What a scorer gave, as an array. shape: what it must have, None: any. Raises: ConfigError, also if not finite."""
         found, wanted = _array(x), f"[{shape[0]}, {'d' if shape[1] is None else shape[1]}]"
         if found.ndim != 2 or found.dtype.kind not in "fiub" or found.shape != (shape[0], shape[1] or found.shape[1]):
             got = f"{found.dtype} of shape {list(found.shape)}"
             raise ConfigError(f"scorer {self.scorer.name}: {of}: numbers of shape {wanted} expected, got {got}")
-        if np.isnan(found).any():
-            raise ConfigError(f"scorer {self.scorer.name}: {of}: NaN")
+        if not np.isfinite(found).all():  # JSON has no such number
+            what = "NaN" if np.isnan(found).any() else "infinity"
+            raise ConfigError(f"scorer {self.scorer.name}: {of}: {what}; expected finite numbers")
         return found
 
 

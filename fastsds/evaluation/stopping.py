@@ -161,7 +161,7 @@ def _parts(suite: Suite) -> list[Suite]:
     return [part for part in (suite.parts if isinstance(suite, Composed) else [suite]) if not part.gallery]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """`python -m fastsds.evaluation.stopping FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m fastsds.evaluation.stopping", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -173,9 +173,14 @@ def main(argv: list[str]) -> None:
     from fastsds.engine import device
     from fastsds.teacher import Teacher
 
-    suite = load_suite(asked.suite, asked.data, asked.items)
-    measure(asked.folder, Teacher.load(asked.teacher, device()), suite, f"{parser.prog} {shlex.join(argv)}")
+    try:
+        suite = load_suite(asked.suite, asked.data, asked.items)
+        measure(asked.folder, Teacher.load(asked.teacher, device()), suite, f"{parser.prog} {shlex.join(argv)}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

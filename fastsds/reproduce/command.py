@@ -74,10 +74,14 @@ def places() -> list[dict[str, str]]:
 
 
 def look(made: Plan) -> None:
-    """Read what is finished. Raises: ConfigError where something finished is of other settings, before anything is run."""
+    """Read what is finished, before anything is run. Raises: ConfigError where that is of other settings, or has not a metric
+    that the file names."""
     for job in made.jobs:
         if all(need.results is not None for need in job.needs):
             job.finished()
+    kept = {suite: cell for (cell, suite), job in made.evaluations.items() if job.results is not None}
+    for suite, cell in kept.items():
+        files.check_metrics(made.experiment, suite, made.result(cell, suite).measures)
 
 
 def overview(made: Plan) -> list[str]:

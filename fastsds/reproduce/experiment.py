@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastsds.config import CONFIGS, ConfigError, Over, Recipe, as_dict, check, load_recipe
-from fastsds.evaluation.suite import Suite, load_suite
+from fastsds.evaluation.suite import Suite, load_suite, options_of
 from fastsds.strict import merge, nearest, read_yaml, show
 
 SHIPPED = CONFIGS / "reproduce"
@@ -109,7 +109,7 @@ class Experiment:
         if made.loss.gradient == "amortised" and made.bank.path is None:
             folder = self.output / "banks" / digest(bank_settings(made)) / "bank"
             layers.append(self._over(f"arms.{arm}", {"bank.path": str(folder)}))
-        if made.data.cache and pairs != ALL:  # a cache is of one data set
+        if made.data.cache:  # a cache is of one data set, and alone in its folder
             layers.append(self._over("pairs", {"data.cache": str(Path(made.data.cache) / str(pairs))}))
         return load_recipe(base, layers)
 
@@ -182,6 +182,11 @@ def load(
     experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
     for backbone, pairs, arm in trained(said):
         recipe = experiment.recipe(backbone, pairs, arm)
+        if pairs not in (ALL, recipe.data.samples):
+            found = f"--set data.samples={recipe.data.samples}"
+            raise ConfigError(f"{found}: expected none with the file's pairs: {show(said.pairs)}")
+        if said.arms[arm].same_time_as and not recipe.steps:
+            raise ConfigError(f"{file}: arms.{arm}.same_time_as: steps is 0, and takes no time; expected at least 1")
         if recipe.bank.path and recipe.data.source == "world" and recipe.data.samples is None:
             raise ConfigError(f"{file}: arms.{arm}: a bank needs a data set that ends; expected data.samples in sets, or pairs")
     return experiment
@@ -202,21 +207,22 @@ def missing(experiment: Experiment) -> list[str]:
             found[str(error)] = None
     for name in experiment.said.evaluation:
         try:
-            check_metrics(experiment, name, experiment.suite(name))
+            check_metrics(experiment, name, experiment.suite(name).measures)
         except ConfigError as error:
             found[str(error)] = None
     return list(found)
 
 
-def check_metrics(experiment: Experiment, name: str, suite: Suite) -> None:
-    """Raise a ConfigError where a suite has no metric that its section names."""
+def check_metrics(experiment: Experiment, name: str, measures: Iterable[str]) -> None:
+    """Raise a ConfigError where a suite, or what was kept of it, has no metric that its section names."""
+    asked = experiment.said.evaluation[name]
     for key in ("headline", "claims", "zero_shot"):
-        known = [*suite.measures, *(readings(suite.measures) if key == "headline" else [])]
-        for metric in getattr(experiment.said.evaluation[name], key):
+        known = [*measures, *(readings(measures) if key == "headline" else [])]
+        for metric in getattr(asked, key):
             if metric not in known:
                 raise ConfigError(
-                    f"{experiment.file}: evaluation.{name}.{key}: {suite.name} has no metric {metric!r}; the nearest is "
-                    f"{nearest(metric, known)!r}"
+                    f"{experiment.file}: evaluation.{name}.{key}: {asked.suite or name} has no metric {metric!r}; the nearest "
+                    f"is {nearest(metric, known)!r}"
                 )
 
 
@@ -264,10 +270,14 @@ def _check(file: Path, said: Reproduction) -> None:
         for name in names:
             if not NAME.match(name) or name == START:
                 raise wrong(f"{key}: the name", name, f"letters, digits, _ . + -, as a folder has; not {START}")
-    labels = [arm.label or name for name, arm in said.arms.items()]
-    if twice := [name for name, label in zip(said.arms, labels, strict=True) if labels.count(label) > 1]:
-        raise wrong(f"arms.{twice[-1]}.label", said.arms[twice[-1]].label, f"another than {twice[0]}'s")
+    labels = {START: START}
     for name, arm in said.arms.items():
+        if (label := arm.label or name) in labels:
+            raise wrong(f"arms.{name}.label", arm.label, f"another than {labels[label]}'s")
+        labels[label] = name
+    for name, arm in said.arms.items():
+        if len(set(arm.against)) < len(arm.against):
+            raise wrong(f"arms.{name}.against", arm.against, "each once: a claim that is made twice counts twice in Holm's")
         for key, others in (("against", arm.against), ("same_time_as", (arm.same_time_as,) if arm.same_time_as else ())):
             for other in others:
                 known = [a for a in (*said.arms, START) if a != name and (a != START or key == "against")]
@@ -282,6 +292,19 @@ def _check(file: Path, said: Reproduction) -> None:
         for key, instead in OWN.items():
             if key in sets:
                 raise wrong(f"{where}.{key}", sets[key], f"none: it is what `{instead}` says")
+    for name, asked in said.evaluation.items():
+        if asked.path is not None and not asked.path.strip():
+            raise wrong(f"evaluation.{name}.path", asked.path, "a text that is not empty")
+        try:
+            known = options_of(asked.suite or name)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: evaluation.{name}: {error}") from None
+        for option, value in asked.options.items():
+            if option not in known:
+                raise wrong(f"evaluation.{name}.options: the name", option, f"one of {', '.join(known)}")
+            kind, expected = (int, "a whole number") if known[option] is int else (str, "text")
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise wrong(f"evaluation.{name}.options.{option}", value, expected)
     for of in (said.backbones, said.arms):
         for name, section in of.items():
             if section.pretrain and not any("{folder}" in word for word in section.pretrain):

@@ -111,8 +111,12 @@ def _add(made: Plan, cell: Cell) -> None:
 def _start(made: Plan, cell: Cell, folder: Path, recipe: Recipe, needs: list[Job]) -> None:
     """Put the evaluations of where a cell starts: one start for all that begin alike."""
     if folder not in made.begun:
-        first = not any(start[:1] + start[3:] == (cell.backbone, cell.seed) for start in made.begun.values())
-        made.begun[folder] = Cell(cell.backbone, ALL, START if first else f"{START}_{cell.arm}", cell.seed)
+        def kind(at: Path) -> tuple:  # where it starts, whatever the seed
+            return at.parent.name if at.parent.name == cell.backbone else "a seed's", at.name
+
+        named = {kind(at): start.arm for at, start in made.begun.items() if start.backbone == cell.backbone}
+        name = named.get(kind(folder), f"{START}_{cell.arm}" if named else START)
+        made.begun[folder] = Cell(cell.backbone, ALL, name, cell.seed)
         for suite in made.experiment.said.evaluation:
             job = evaluation(
                 made, suite, folder / "evaluation" / suite, recipe.student.model, recipe.student.pretrained, recipe, needs
@@ -157,7 +161,7 @@ def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ..
 
     def command() -> list[str]:
         scale = pair[1].results["seconds"] / pair[0].results["seconds"] if pair else 1
-        steps = f"steps={round(recipe.steps * scale)}"
+        steps = f"steps={max(1, round(recipe.steps * scale)) if pair else recipe.steps}"
         argv = ["-m", "fastsds.train", "--recipe", str(folder / RECIPE), "--set", steps, "--output", str(run)]
         return [sys.executable, *argv]
 
@@ -183,6 +187,8 @@ def evaluation(
     name = asked.suite or suite
     key = {"suite": name, "path": asked.path, "options": asked.options, "student": [model, pretrained]}
     key["weights"] = comparison.weights()
+    if asked.path is None:
+        key["teacher"] = recipe.teacher.path  # whose reading is asked
 
     def here() -> dict:
         student = load_student(model, pretrained, device=device()).eval()

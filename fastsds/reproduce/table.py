@@ -63,6 +63,7 @@ class Findings:
 
     def __init__(self, plan: Plan):
         self.plan, self.said, self.kept = plan, plan.experiment.said, {}
+        self.firsts: dict[str, Result] = {}
         self.cells: dict[Line, list[Cell]] = {}
         for cell in [*dict.fromkeys(plan.starts.values()), *plan.runs]:
             self.cells.setdefault(Line(*cell[:3]), []).append(cell)
@@ -109,8 +110,14 @@ class Findings:
         return {(line, key): self._change(self.cells[line], key) for line in trained for key in keys}
 
     def result(self, cell: Cell, suite: str) -> Result:
+        """What was kept, its outcomes alone: the rows of a suite are held once, not of all students. Raises: ConfigError if
+        they are of other items."""
         if (cell, suite) not in self.kept:
-            self.kept[cell, suite] = self.plan.result(cell, suite)
+            found = self.kept[cell, suite] = self.plan.result(cell, suite)
+            first = self.firsts.setdefault(suite, found)
+            if found is not first:
+                same_items(first, found)
+                found.rows, found.measures = [], first.measures  # its outcomes were made of them when it was read
         return self.kept[cell, suite]
 
     def metrics(self, cell: Cell) -> dict[Key, float]:
@@ -227,7 +234,9 @@ class Findings:
         for line in self.lines:
             seen = [self.plan.runs[c].results["pairs"] if c in self.plan.runs else 0 for c in self.cells[line]]
             for key in keys:
-                values = [self.metrics(cell)[key] for cell in self.cells[line]]
+                values = [metrics[key] for metrics in map(self.metrics, self.cells[line]) if key in metrics]
+                if not values:  # a start has no reading
+                    continue
                 names = [*[line.backbone] * (len(self.said.backbones) > 1), *[key[0]] * (len(asked) > 1), key[1]]
                 panel = found.setdefault(" ".join(names), {})
                 deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -250,11 +259,8 @@ class Findings:
         return (*self._names(one.line), f"{self.label(one.line)} against {self.label(one.other)}")
 
     def _arms(self, a: list[Cell], b: list[Cell], suite: str) -> tuple[list[Result], list[Result]]:
-        """Their results, a seed each, which are of the same items."""
-        arms = [[self.result(cell, suite) for cell in cells] for cells in (a, b)]
-        for other in (*arms[0][1:], *arms[1]):
-            same_items(arms[0][0], other)
-        return arms
+        """Their results, a seed each."""
+        return [self.result(cell, suite) for cell in a], [self.result(cell, suite) for cell in b]
 
     def _difference(self, a: list[Cell], b: list[Cell], key: Key) -> Difference:
         of, (left, right) = self._any(key[0]).measures[key[1]], self._arms(a, b, key[0])

@@ -11,11 +11,12 @@ mean of both directions. A tie is wrong. Options: items, swap items of each kind
 from functools import lru_cache, partial
 
 import numpy as np
+import torch
 
 from fastsds.data import Samples, SwapItems
 from fastsds.evaluation.measures import Metric
 from fastsds.evaluation.retrieval import Places
-from fastsds.evaluation.suite import Composed, Gallery, ImageRef, Item, Query, Suite, register
+from fastsds.evaluation.suite import Composed, Gallery, ImageRef, Item, Query, Suite, pixels, register
 from fastsds.evaluation.suites.files import png
 from fastsds.evaluation.winoground import CHANCE, swap_accuracy, tied, winoground
 
@@ -62,6 +63,14 @@ def first_of_each_kind(items: SwapItems, n: int) -> SwapItems:
     return SwapItems(items.pixels[rows], [items.captions[k] for k in rows], [items.kind[k] for k in rows], items.split)
 
 
+def drawn(part: Suite) -> SwapItems:
+    """A split's swap items, which a suite asks, with their pixels."""
+    from fastsds.world.scenes import SIZE
+
+    images = torch.stack([pixels(ref, SIZE) for item in part.items for ref in item.images]).unflatten(0, (-1, 2))
+    return SwapItems(images, [item.captions for item in part.items], [item.about["kind"] for item in part.items], part.name)
+
+
 def _load(name: str, items: int, seed: int) -> Composed:
     parts, measures, pairs = [], {}, np.zeros(GALLERIES * CANDIDATES, np.int64)
     for split in SUITES[name]:
@@ -87,7 +96,7 @@ def _swaps(prefix: str, asked: SwapItems) -> Suite:
         found = winoground(scores)._asdict() | {"swap": swap_accuracy(scores)}
         return {f"{split}/{outcome}": values for outcome, values in found.items()} | {f"tied/{split}": tied(scores)}
 
-    return Suite(name=f"{split}", items=items, judge=judge, measures={}, headline=())
+    return Suite(name=split, items=items, judge=judge, measures={}, headline=(), kind="kind")
 
 
 def _gallery(name: str, split: str, number: int, seed: int) -> Gallery:
