@@ -18,6 +18,7 @@ import contextlib
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +26,13 @@ import torch
 from fastsds import config, ops
 from fastsds.config import ConfigError, Recipe
 from fastsds.data import Samples
-from fastsds.progress import Line, clock
+from fastsds.progress import clock
 from fastsds.schedule import level_range, timestep_range
 from fastsds.teacher.loading import fingerprint
 from fastsds.teacher.model import Teacher
-from fastsds.teacher.shards import INDEX, Shards, check_same
+from fastsds.teacher.shards import INDEX, Shards, check_same, fill, rows_a_shard
 
 CHUNK = 32  # pairs a call of the teacher, where teacher.micro_batch does not say
-SHARD_BYTES = 256 << 20
-SHARDS = 16  # at least, where there are as many chunks: the steps in which several processes share the work
 CACHE = "cache"
 
 
@@ -154,7 +153,7 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
         "timesteps": timesteps, "log_snr": level_range(teacher.alphas_cumprod, *timesteps),
     }  # fmt: skip
     a_row = 2 * recipe.bank.draws * torch.Size(teacher.latent_shape).numel()
-    size = max(1, min(SHARD_BYTES // (a_row * chunk), source.rows // (SHARDS * chunk))) * chunk
+    size = rows_a_shard(a_row, chunk, source.rows)
     cache = Shards.plan(folder / CACHE, about, source.rows, size)
     damaged: dict[int, str] = {}
 
@@ -173,7 +172,7 @@ def build(recipe: Recipe, teacher: Teacher, source, rank: int = 0, world: int = 
     if rank == 0:
         _announce(folder, cache, ask, teacher, a_row, world)
     cache = Shards.create(folder / CACHE, about, source.rows, size)
-    _fill(cache, ask, "latents and captions", rank, world)
+    fill(cache, ask, chunk, "bank: latents and captions", rank, world)
     if damaged:
         print(f"bank: {len(damaged)} pairs cannot be used, and training will pass over them, too", flush=True)
     fill_generation(folder, cache, teacher, 0, rank, world)
@@ -188,7 +187,7 @@ def _identity(source) -> str:
 def fill_generation(folder: Path, cache: Shards, teacher: Teacher, g: int, rank: int = 0, world: int = 1) -> None:
     """Make the targets of a generation, or what of them is missing. Raises: ConfigError for a target outside fp16."""
     shards = Shards.create(_generation_folder(folder, g), cache.about, cache.rows, cache.size)
-    _fill(shards, lambda ids: _targets(cache, teacher, g, ids), f"targets, generation {g}", rank, world)
+    fill(shards, partial(_targets, cache, teacher, g), cache.about["chunk"], f"bank: targets, generation {g}", rank, world)
 
 
 def _targets(cache: Shards, teacher: Teacher, g: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -208,29 +207,6 @@ def _targets(cache: Shards, teacher: Teacher, g: int, ids: torch.Tensor) -> dict
         bad = ids[~found.cpu().flatten(1).isfinite().all(1)].tolist()
         raise ConfigError(f"bank: targets of samples {bad} are not finite in fp16; ask at a higher SNR (loss.log_snr, loss.t)")
     return {"x0hat": found, "abar": torch.stack(abar, dim=1)}
-
-
-def _fill(shards: Shards, ask, what: str, rank: int, world: int) -> None:
-    """Write every missing shard, ask(ids) -> tensors a chunk at a time; own shards first, then whatever nobody has."""
-    chunk, line, began, made = shards.about["chunk"], Line(), time.monotonic(), 0
-    wanted = sum(len(shards.span(shard)) for shard in shards.missing())
-    while missing := shards.missing():
-        waiting = True
-        for shard in sorted(missing, key=lambda shard: (shard % world != rank, shard)):
-            with shards.claim(shard) as write:
-                if write is None:
-                    continue
-                waiting, parts, span = False, [], shards.span(shard)
-                for first in range(span.start, span.stop, chunk):
-                    parts.append(ask(torch.arange(first, min(first + chunk, span.stop))))
-                    made += len(next(iter(parts[-1].values())))
-                    if rank == 0:
-                        left = max(0, wanted / world - made) * (time.monotonic() - began) / made
-                        line.say(f"bank: {what} of {wanted:,} samples, {made:,} done here, left {clock(left)}")
-                write(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        if waiting:
-            time.sleep(0.2)  # others are at work on the last ones
-    line.end()
 
 
 def _announce(folder: Path, cache: Shards, ask, teacher: Teacher, a_row: int, world: int) -> None:

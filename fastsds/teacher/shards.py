@@ -12,14 +12,19 @@ import contextlib
 import fcntl
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fastsds.config import ConfigError
 from fastsds.durable import sync
+from fastsds.progress import Line, clock
 
 INDEX = "index.json"
+SHARD_BYTES = 256 << 20
+SHARDS = 16  # at least, where there are as many chunks: the steps in which several processes share the work
 
 
 class Shards:
@@ -148,6 +153,45 @@ class Shards:
         return self._open[shard]
 
 
+def rows_a_shard(a_row: int, chunk: int, rows: int) -> int:
+    """How many rows a shard should hold, a multiple of `chunk`. Args: a_row: bytes; rows: of all shards."""
+    return max(1, min(SHARD_BYTES // (a_row * chunk), rows // (SHARDS * chunk))) * chunk
+
+
+def fill(
+    shards: Shards,
+    ask: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    chunk: int,
+    what: str,
+    rank: int = 0,
+    world: int = 1,
+    join: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat,
+) -> None:
+    """Write every missing shard, ask(rows) -> tensors a chunk at a time; own shards first, then whatever nobody has.
+
+    Args: what: the progress line's beginning. join: of chunks into a shard.
+    """
+    line, began, made = Line(), time.monotonic(), 0
+    wanted = sum(len(shards.span(shard)) for shard in shards.missing())
+    while missing := shards.missing():
+        waiting = True
+        for shard in sorted(missing, key=lambda shard: (shard % world != rank, shard)):
+            with shards.claim(shard) as write:
+                if write is None:
+                    continue
+                waiting, parts, span = False, [], shards.span(shard)
+                for first in range(span.start, span.stop, chunk):
+                    parts.append(ask(torch.arange(first, min(first + chunk, span.stop))))
+                    made += len(next(iter(parts[-1].values())))
+                    if rank == 0:
+                        left = max(0, wanted / world - made) * (time.monotonic() - began) / made
+                        line.say(f"{what} of {wanted:,} samples, {made:,} done here, left {clock(left)}")
+                write(**{name: join([part[name] for part in parts]) for name in parts[0]})
+        if waiting:
+            time.sleep(0.2)  # others are at work on the last ones
+    line.end()
+
+
 def check_same(where: Path | str, found: dict, expected: dict, of: str = "") -> None:
     """Raise a ConfigError that names the first key, of a key's own keys too, in which a folder differs from what is asked."""
     for key in dict.fromkeys([*expected, *found]):
@@ -156,7 +200,7 @@ def check_same(where: Path | str, found: dict, expected: dict, of: str = "") -> 
             check_same(where, said, asked, f"{of}{key} ")
         elif said != asked:
             raise ConfigError(
-                f"{where}: made with {of}{key} {_short(said)}, expected {_short(asked)}; name another bank.path, or delete it"
+                f"{where}: made with {of}{key} {_short(said)}, expected {_short(asked)}; name another folder, or delete it"
             )
 
 
