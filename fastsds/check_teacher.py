@@ -282,7 +282,7 @@ def main(argv: list[str]) -> int:
     for name, least in (("pairs", FEWEST), ("bands", 1), ("draws", 1)):
         if getattr(asked, name) < least:
             raise ConfigError(f"--{name} {getattr(asked, name)}: expected at least {least}")
-    recipe = config.load_recipe(asked.recipe, asked.set)
+    recipe = config.load_recipe(asked.recipe, asked.set, only=Recipe)
     config.check(recipe)
     try:
         found = run(recipe, asked.pairs, asked.bands, asked.draws, asked.out)

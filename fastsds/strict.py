@@ -152,7 +152,8 @@ def merge(node, values: Any, origin: str, origins: dict[str, str], prefix: str =
     """`node` (a section) with `values` put in, each key checked. Records in `origins` where each key came from."""
     root = root or type(node)
     if not isinstance(values, dict):
-        raise ConfigError(f"{origin}: {prefix or 'a ' + root.__name__.lower()} is a section with keys, not {show(values)}")
+        what = prefix or f"a {getattr(root, 'called', root.__name__.lower())}"
+        raise ConfigError(f"{origin}: {what} is a section with keys, not {show(values)}")
     known = {key_of(name): (name, kind) for name, kind in get_type_hints(type(node)).items()}
     changes = {}
     for key, value in values.items():

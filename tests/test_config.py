@@ -4,7 +4,17 @@ import json
 import pytest
 
 from fastsds import config, strict
-from fastsds.config import CONFIGS, ConfigError, Recipe, as_dict, check, dump_recipe, load_deepspeed, load_recipe
+from fastsds.config import (
+    CONFIGS,
+    CLIPTDRecipe,
+    ConfigError,
+    Recipe,
+    as_dict,
+    check,
+    dump_recipe,
+    load_deepspeed,
+    load_recipe,
+)
 
 WORLD = CONFIGS / "world.yaml"
 
@@ -63,7 +73,7 @@ def test_partial_file_takes_defaults(recipe_file):
 ])
 def test_override(override, value):
     key = override.partition("=")[0].strip()
-    assert config._get(load_recipe(None, [override]), key) == value
+    assert config.loading._get(load_recipe(None, [override]), key) == value
 
 
 def test_later_override_wins_and_pairs_are_checked_together(recipe_file):
@@ -241,3 +251,63 @@ def test_swapped_negatives_need_the_world(tmp_path):
 def test_config_is_light(python):
     done = python("-c", "import sys, fastsds.config; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+# the other kind of recipe
+
+TASK_WORLD = CONFIGS / "clip_td_world.yaml"
+
+
+def test_clip_td_world_writes_every_value_and_equals_the_defaults():
+    recipe = load_recipe(TASK_WORLD)
+    assert recipe == CLIPTDRecipe() and strict.parse(TASK_WORLD.read_text(), "") == as_dict(recipe)
+
+
+def test_the_kind_is_the_file_s(recipe_file):
+    assert type(load_recipe(recipe_file("recipe: clip_td\nsteps: 3"))) is CLIPTDRecipe
+    assert type(load_recipe(recipe_file("recipe: sds_clip\nsteps: 3"))) is Recipe is type(load_recipe(recipe_file("steps: 3")))
+    path = recipe_file("recipe: clip_dt")
+    assert fails(path=path) == f"{path}: recipe is the text 'clip_dt'; expected one of sds_clip, clip_td"
+    assert fails("recipe=clip_td").endswith("recipe is the text 'clip_td'; expected sds_clip")
+    with pytest.raises(ConfigError, match="recipe is clip_td; expected sds_clip: this command"):
+        load_recipe(TASK_WORLD, only=Recipe)
+
+
+def test_clip_td_dump_and_load(recipe_file):
+    recipe = load_recipe(TASK_WORLD, ["data.options={min_count: 3}", "data.shift.lists={train: a.txt, test: b.json}", "seed=4"])
+    assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
+    recipe = load_recipe(TASK_WORLD, ["data.shift.by=change", "data.shift.train=[colour]", "eval.splits=[dev, dev_shift]"])
+    assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
+
+
+def test_clip_td_paths_are_relative_to_the_file(recipe_file, tmp_path, monkeypatch):
+    path = recipe_file("recipe: clip_td\ntargets: {path: t}\ndata: {folder: d, options: {images: i, min_count: 2}, "
+                       "shift: {lists: {train: a.txt}}}")
+    recipe = load_recipe(path)
+    assert recipe.targets.path == str(tmp_path / "t") and recipe.data.folder == str(tmp_path / "d")
+    assert recipe.data.options == {"images": str(tmp_path / "i"), "min_count": 2}
+    assert recipe.data.shift.lists == {"train": str(tmp_path / "a.txt")}
+    monkeypatch.chdir(tmp_path.parent)
+    moved = load_recipe(path, ["data.options={answers: x}", "data.shift.lists={test: y}"])
+    assert moved.data.options == {"answers": str(tmp_path.parent / "x")}
+    assert moved.data.shift.lists == {"test": str(tmp_path.parent / "y")} and moved.targets.path == str(tmp_path / "t")
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("targets.k=null", "targets.k is null and targets.mass null; expected one of targets.k and targets.mass"),
+    ("targets.mass=0.5", "targets.k is 4 and targets.mass 0.5; expected one"), ("targets.select=all", "expected null for both"),
+    ("targets.k=0", "targets.k is 0; expected at least 1"), ("targets.mass=0", "targets.mass is 0.0; expected greater than 0"),
+    ("data.fraction=0", "data.fraction is 0.0; expected greater than 0 and at most 1"), ("data.fraction=1.5", "at most 1"),
+    ("loss.beta=-1", "at least 0"), ("loss.weight=all", "one of none, teacher, relative"), ("loss.lambda=3", "unknown key"),
+    ("data.shift.train=[a]", "expected null without data.shift.by"), ("eval.splits=[a, a]", "each once"),
+    ("data.shift.share=1", "below 1"), ("data.folder=''", "not empty"), ("data.options=3", "keys with values"),
+    ("data.shift.lists={train: 3}", "is not a split with a file's name"), ("head.init=ridge", "unknown key 'head'"),
+])
+def test_clip_td_values(override, expected):
+    message = fails(override, path=TASK_WORLD)
+    assert message.startswith(f"--set {override}: ") and expected in message
+    assert "with loss.beta 0" in fails("adaptation.steps=3", "loss.beta=0", path=TASK_WORLD)
+    with pytest.raises(ConfigError, match="adaptation.batch is 9; expected a multiple of 2"):
+        check(load_recipe(TASK_WORLD, ["adaptation.batch=9", "adaptation.steps=2"]), world_size=2)
+    with pytest.raises(ConfigError, match="data.folder: no such folder: /nowhere"):
+        check(load_recipe(TASK_WORLD, ["data.folder=/nowhere"]))

@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     asked, line, began = parse(argv), Line(sys.stderr), time.monotonic()
-    recipe = config.load_recipe(asked.recipe, asked.set)
+    recipe = config.load_recipe(asked.recipe, asked.set, only=Recipe)
     deepspeed = config.load_deepspeed(asked.config) if asked.config else None
     config.check(_without_missing(recipe), asked.ranks, deepspeed)
     say = lambda what: line.say(f"plan: {what} ({clock(time.monotonic() - began)})")  # noqa: E731

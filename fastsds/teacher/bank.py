@@ -262,7 +262,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--recipe", metavar="FILE", help="what is asked: teacher, bank, data, loss")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one recipe value")
     asked = parser.parse_args(argv)
-    recipe = config.load_recipe(asked.recipe, asked.set)
+    recipe = config.load_recipe(asked.recipe, asked.set, only=Recipe)
     config.check(recipe)
     if recipe.bank.path is None:
         raise ConfigError("bank.path is null; expected the folder to build in (--set bank.path=DIR)")
