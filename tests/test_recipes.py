@@ -6,12 +6,13 @@ import shlex
 
 import pytest
 
-from fastsds.config import CONFIGS, Recipe, as_dict, check, load_deepspeed, load_recipe
+from fastsds.config import CONFIGS, KINDS, AnyRecipe, Recipe, as_dict, check, load_deepspeed, load_recipe
 from fastsds.schedule import timestep_range
 from fastsds.student import make_student
 from fastsds.testing import alphas_cumprod
 
 REAL = ("recommended", "lclip_only", "paper_reading", "full_finetune_vitl14")
+TASKS = ("clip_td_world",)
 MODELS = {"_vitb16": "ViT-B-16", "_vitb32": "ViT-B-32", "_vitl14": "ViT-L-14", "_rn50": "RN50"}
 LATENT, PAIRS, CAPTIONS = (4, 64, 64), 118_287, 591_753  # Stable Diffusion's latents; COCO 2017 train
 GIB = 1 << 30
@@ -45,12 +46,13 @@ def tsv(tmp_path):
 
 def keys(values, prefix=""):
     for key, value in values.items():
-        yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+        section = isinstance(value, dict) and key not in ("options", "lists")  # whose keys are the user's
+        yield from keys(value, f"{prefix}{key}.") if section else [prefix + key]
 
 
-def flat(recipe: Recipe, prefix="") -> dict:
+def flat(recipe: AnyRecipe | dict, prefix="") -> dict:
     found = {}
-    for key, value in (as_dict(recipe) if isinstance(recipe, Recipe) else recipe).items():
+    for key, value in (as_dict(recipe) if isinstance(recipe, AnyRecipe) else recipe).items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
@@ -65,15 +67,16 @@ def weights(recipe: Recipe) -> dict[str, int]:
 
 
 def test_these_are_the_recipes():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"world", *REAL}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"world", *REAL, *TASKS}
 
 
-@pytest.mark.parametrize("name", ["world", *REAL])
+@pytest.mark.parametrize("name", ["world", *REAL, *TASKS])
 def test_every_value_is_written(name):
     import yaml
 
     written = yaml.safe_load(text(name))
-    missing, unknown = set(keys(as_dict(Recipe()))) - set(keys(written)), set(keys(written)) - set(keys(as_dict(Recipe())))
+    known, found = set(keys(as_dict(KINDS[written["recipe"]]()))), set(keys(written))
+    missing, unknown = known - found, found - known
     assert not missing and not unknown, f"configs/{name}.yaml: missing {sorted(missing)}, unknown {sorted(unknown)}"
     assert max(map(len, text(name).splitlines())) <= 128
 

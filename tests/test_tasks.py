@@ -434,3 +434,22 @@ def test_shift_by_lists(vcr, vqa):
             shift_lists(task, lists | {"more": vqa / "e.json"})
     with pytest.raises(ConfigError, match="expected one for 'train'"):
         shift_lists(task, {"test": vqa / "d.json"})
+
+
+# the task that a recipe names
+
+
+def test_open_task_takes_a_part_and_names_the_section():
+    from fastsds.config import ShiftConfig, TaskDataConfig
+    from fastsds.data.tasks.opening import open_task
+
+    data = TaskDataConfig(options={"sizes": {"train": 400}}, fraction=0.05, shift=ShiftConfig(by="form", train=("whole",)))
+    task = open_task(data, seed=3)
+    assert {e.about["form"] for e in task.splits["train"]} == {"whole"} and len(task.splits["train"]) == 10
+    assert {e.about["form"] for e in task.splits["test_shift"]} == {"one"}
+    other, ids = open_task(data, seed=4), [e.id for e in task.splits["train"]]
+    assert [e.id for e in other.splits["train"]] != ids and other.splits["test"] == task.splits["test"]
+    with pytest.raises(ConfigError, match="^data: task 'nothing': expected one of"):
+        open_task(TaskDataConfig(task="nothing"))
+    with pytest.raises(ConfigError, match="^data.shift: shift by form: no example has 'odd'"):
+        open_task(replace(data, shift=ShiftConfig(by="form", train=("odd",))))

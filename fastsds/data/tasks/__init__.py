@@ -157,7 +157,7 @@ def load_task(name: str, folder=None, **options) -> Task:
     """
     if name not in LOADERS:
         near = difflib.get_close_matches(name, LOADERS, 1)
-        raise ConfigError(f"task {name!r}: expected one of {', '.join(LOADERS)}" + f"; nearest: {near[0]}" * bool(near))
+        raise ConfigError(f"task {name!r}: expected one of {', '.join(LOADERS)}" + "".join(f"; nearest: {n}" for n in near))
     load = importlib.import_module(LOADERS[name]).load
     made = "folder" not in inspect.signature(load).parameters
     known = list(inspect.signature(load).parameters)[1 if made else 2 :]
