@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from fastsds.config import ConfigError, Recipe, as_dict
+from fastsds.config import AnyRecipe, ConfigError, Recipe, as_dict
+from fastsds.crossmodal import read_crossmodal, save_crossmodal
 from fastsds.durable import sync
 from fastsds.engine import MOMENTS
 from fastsds.provenance import commit, versions
-from fastsds.student import Student, beside, lora, read_student, save_student
+from fastsds.student import beside, lora, read_student, save_student
 
 FORMAT = 2
 KEEP = 2
@@ -31,9 +32,11 @@ FREE = (
     "output", "log_every", "log.tensorboard", "log.wandb", "checkpoint_every",
     "data.workers", "data.cache", "data.max_skipped", "bank.path", "student.checkpoint", "student.compile",
     "teacher.micro_batch", "teacher.accelerate", "teacher.attention", "teacher.compile", "teacher.cuda_graph",
-    "teacher.checkpoint", "eval.suite", "eval.data", "eval.every", "eval.items",
+    "teacher.checkpoint", "eval.suite", "eval.data", "eval.every", "eval.items", "eval.splits", "eval.examples", "targets.path",
 )  # fmt: skip
-PLACES = ("data.source", "data.images")  # free, too, where the data themselves can be compared
+PLACES = (  # free, too, where the data themselves can be compared
+    "data.source", "data.images", "data.folder", "data.options.images", "data.options.answers", "data.shift.lists",
+)  # fmt: skip
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -66,7 +69,7 @@ def path_of(output: Path, step: int) -> Path:
 
 
 def save(
-    output: Path, step: int, engine, student: Student, recipe: Recipe, objective, data: dict, cursors: torch.Tensor
+    output: Path, step: int, engine, student, recipe: AnyRecipe, objective, data: dict, cursors: torch.Tensor
 ) -> Path:
     """Write one checkpoint and drop all but it and the one before it, later ones, too: the run went back. Collective: every
     rank calls; rank 0 writes the whole parts.
@@ -88,7 +91,7 @@ def save(
         save_file(engine.raw_state(), partial / f"rank_{engine.rank}.safetensors")
     engine.barrier()
     if engine.rank == 0:
-        save_student(weights, student, partial / "student")
+        save_model(weights, student, partial / "student", recipe)
         extra = beside(weights) | {f"recipe.{k}": v.detach().cpu() for k, v in own.items()}
         save_file({k: v.contiguous() for k, v in {**slots, **extra}.items()}, partial / "optimizer.safetensors")
         meta = {
@@ -115,6 +118,11 @@ def save(
     return final
 
 
+def save_model(weights: dict[str, torch.Tensor], student, folder: Path, recipe: AnyRecipe) -> None:
+    """Write a student as a folder of its library."""
+    (save_student if isinstance(recipe, Recipe) else save_crossmodal)(weights, student, folder)
+
+
 def find(resume: str, output: Path) -> Path:
     """The folder that `--resume` names: "latest" in the output folder, or a path. Raises: ConfigError."""
     if resume == "latest":
@@ -127,22 +135,24 @@ def find(resume: str, output: Path) -> Path:
     return path
 
 
-def load(path: Path, recipe: Recipe, data: dict) -> Saved:
+def load(path: Path, recipe: AnyRecipe, data: dict) -> Saved:
     """Read a checkpoint, to go on with these data (as `save` takes them).
 
     Raises: ConfigError that names the file, or the recipe key that differs.
     """
     meta = read_meta(path)
     _same_recipe(path, meta["recipe"], as_dict(recipe), FREE if data["identity"] is None else FREE + PLACES)
+    key = "data.source" if isinstance(recipe, Recipe) else "data.task"
     if data["samples"] not in (None, meta["samples"]):
-        raise ConfigError(f"--resume {path}: data.source has {data['samples']} samples, the checkpoint saw {meta['samples']}")
+        raise ConfigError(f"--resume {path}: {key} has {data['samples']} samples, the checkpoint saw {meta['samples']}")
     if data["identity"] not in (None, meta["identity"]):
-        raise ConfigError(f"--resume {path}: data.source holds other images or captions than the checkpoint saw")
+        raise ConfigError(f"--resume {path}: {key} holds other images or captions than the checkpoint saw")
     rest = _read(path / "optimizer.safetensors")
     exact = beside(rest)
-    if "clip.logit_scale" not in exact:
+    reads = read_student if isinstance(recipe, Recipe) else read_crossmodal
+    if isinstance(recipe, Recipe) and "clip.logit_scale" not in exact:
         raise ConfigError(f"--resume {path / 'optimizer.safetensors'}: tensor clip.logit_scale is missing")
-    weights = read_student(path / "student") | {key: rest.pop(key) for key in exact}
+    weights = reads(path / "student") | {key: rest.pop(key) for key in exact}
     own = {key.removeprefix("recipe."): rest.pop(key) for key in list(rest) if key.startswith("recipe.")}
     return Saved(meta["step"], meta, path, weights, torch.tensor(meta["cursors"]), rest, own)
 
@@ -157,7 +167,7 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def put_weights(saved: Saved, student: Student, trained: list[str]) -> None:
+def put_weights(saved: Saved, student: torch.nn.Module, trained: list[str]) -> None:
     """Load the weights into a student that no engine holds yet. Raises: ConfigError that names the tensor."""
     saved.weights = lora.split(student, saved.weights, f"--resume {saved.path}")
     target = student.state_dict()
@@ -176,7 +186,7 @@ def put_weights(saved: Saved, student: Student, trained: list[str]) -> None:
     student.load_state_dict(saved.weights)
 
 
-def check_engine(saved: Saved, recipe: Recipe, stage: int | None, rank: int, world_size: int) -> None:
+def check_engine(saved: Saved, recipe: AnyRecipe, stage: int | None, rank: int, world_size: int) -> None:
     """Raise ConfigError where 8-bit state would meet another stage or number of ranks, or is not there."""
     if recipe.optimizer.name != "adamw8bit":
         return
@@ -190,7 +200,7 @@ def check_engine(saved: Saved, recipe: Recipe, stage: int | None, rank: int, wor
         raise ConfigError(f"--resume {saved.path}: rank_{rank}.safetensors is missing")
 
 
-def put_state(saved: Saved, engine, objective, recipe: Recipe) -> None:
+def put_state(saved: Saved, engine, objective, recipe: AnyRecipe) -> None:
     """Restore masters, moments and the recipe's state into a fresh engine. Collective."""
     engine.load_moments(saved.meta["updates"], saved.weights, saved.slots)
     if recipe.optimizer.name == "adamw8bit":
@@ -211,7 +221,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 def _same_recipe(path: Path, then: dict, now: dict, free: tuple[str, ...]) -> None:
     then, now = _flat(then), _flat(now)
     for key in [*now, *(k for k in then if k not in now)]:
-        if key not in free and then.get(key) != now.get(key):
+        if not any(key == name or key.startswith(f"{name}.") for name in free) and then.get(key) != now.get(key):
             hint = "; the cosine runs to `steps`, so it cannot change half-way" if key == "steps" else ""
             raise ConfigError(
                 f"--resume {path}: {key} is {json.dumps(now.get(key))}, the checkpoint was made with "

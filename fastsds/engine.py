@@ -2,7 +2,7 @@
 
 Both have one surface, so the loop does not know which it has:
 
-    engine(pixels, tokens) -> StudentOutput      engine.backward(loss); engine.step()    one call each a micro-step
+    engine(pixels, tokens) -> the student's output    engine.backward(loss); engine.step()    one call each a micro-step
     engine.mean(x), engine.any(flag)             over ranks
     engine.grad_norm()                           of the last step, before clipping
     engine.state(), engine.load_moments(...)     the fp32 weights and moments by parameter name, whole
@@ -16,7 +16,7 @@ import os
 import torch
 
 from fastsds import optimizer as optimizers
-from fastsds.config import ConfigError, Recipe
+from fastsds.config import AnyRecipe, ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,7 +53,7 @@ class TorchEngine:
         kind = "plain torch" if self.stage is None else f"ZeRO {self.stage}"
         return f"{kind}, {self.world_size} rank(s), {self.device}"
 
-    def __init__(self, student: torch.nn.Module, recipe: Recipe, _=None):
+    def __init__(self, student: torch.nn.Module, recipe: AnyRecipe, _=None):
         self.rank, self.world_size, _ = ranks()
         if self.world_size > 1:
             raise ConfigError(f"{self.world_size} ranks without --config: name a DeepSpeed file (configs/zero2.json)")
@@ -65,10 +65,10 @@ class TorchEngine:
         self._trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self._frozen = {}  # read when asked for: nothing shards it
 
-    def __call__(self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None):
+    def __call__(self, *inputs: torch.Tensor | None):
         cast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with cast:
-            return self.module(pixels, tokens)
+            return self.module(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulation).backward()

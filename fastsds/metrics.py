@@ -10,9 +10,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastsds.config import ConfigError, Recipe, as_dict, dump_recipe
+from fastsds.config import AnyRecipe, ConfigError, as_dict, dump_recipe
 from fastsds.progress import EVERY, clock
 from fastsds.student import count_trained, size
+
+SHOWN = ("loss", "clip", "sds", "lambda", "rho", "cosine", "task", "text", "visual", "weight")  # in the status line
 
 
 class Metrics:
@@ -22,7 +24,7 @@ class Metrics:
     Raises: ConfigError if the folder cannot be made, or Weights & Biases is asked for and cannot start.
     """
 
-    def __init__(self, output: Path, rank: int, recipe: Recipe, start: int = 0):
+    def __init__(self, output: Path, rank: int, recipe: AnyRecipe, start: int = 0):
         self.silent, self.steps, self.start = rank != 0, recipe.steps, start
         self.path = Path(output) / "metrics.jsonl"
         self.sinks = [] if self.silent else _open(self.path.parent, recipe, start)
@@ -51,7 +53,7 @@ class Metrics:
         self.marked, self.at, self.idle = now, step, 0.0
         self.row(split="train", step=step, **values, images_per_s=round(rate, 2), seconds=round(now - self.began, 3))
         left = (self.steps - step) * images_a_step / max(rate, 1e-9)
-        parts = "  ".join(f"{k} {values[k]:.4g}" for k in ("loss", "clip", "sds", "lambda", "rho", "cosine") if k in values)
+        parts = "  ".join(f"{k} {values[k]:.4g}" for k in SHOWN if k in values)
         self.say(f"step {step}/{self.steps}  {parts}  {rate:.0f} images/s  left {clock(left)}", step == self.steps)
 
     def evaluation(self, step: int, result) -> None:
@@ -102,20 +104,19 @@ def counts(student, trained: list[str]) -> str:
     return f"{sum(elements for _, elements in groups.values()):,} of {total:,} parameters train ({listed} tensors)"
 
 
-def describe(recipe: Recipe, student, trained, teacher, source, world_size: int, stage: int | None) -> str:
-    """What a dry run prints."""
+def describe(recipe: AnyRecipe, training, world_size: int, stage: int | None) -> str:
+    """What a dry run prints. Args: training: see `fastsds.training`."""
     data, steps = recipe.data, recipe.steps
-    frozen = sum(p.numel() for p in teacher.parameters()) if teacher else 0
     engine = "plain torch" if stage is None else f"ZeRO {stage}"
     images, epochs = data.batch * data.accumulation, ""
-    if hasattr(source, "__len__"):  # a pipe is not counted beforehand
-        epochs = f" = {images * steps / len(source):.2f} epochs of {len(source):,}"
+    if training.samples is not None:  # a pipe is not counted beforehand
+        epochs = f" = {images * steps / training.samples:.2f} epochs of {training.samples:,}"
     return (
         f"{dump_recipe(recipe)}\n"
-        f"student: {counts(student, trained)}; teacher: {frozen:,}, frozen\n"
-        f"trained:\n{''.join(f'  {name}{chr(10)}' for name in trained)}"
+        f"student: {counts(training.student, training.trained)}; teacher: {training.frozen:,}, frozen\n"
+        f"trained:\n{''.join(f'  {name}{chr(10)}' for name in training.trained)}"
         f"engine: {engine} on {world_size} rank(s), {recipe.precision}, {recipe.optimizer.name}\n"
-        f"contrastive batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
+        f"batch {data.batch} = {data.batch // world_size} a rank x {world_size} rank(s); "
         f"optimizer step {images} images = {data.batch} x accumulation {data.accumulation}\n"
         f"{steps} steps = {images * steps:,} images{epochs}\n"
         f"dry run: nothing was written"
@@ -133,7 +134,7 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def _open(output: Path, recipe: Recipe, start: int) -> list:
+def _open(output: Path, recipe: AnyRecipe, start: int) -> list:
     """Make the output folder with the recipe in it. Returns: functions of (step, {name: number})."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def _tensorboard(output: Path, start: int):
     return sink
 
 
-def _wandb(output: Path, recipe: Recipe, start: int):
+def _wandb(output: Path, recipe: AnyRecipe, start: int):
     """A run named like the output folder; a resumed one goes on under its id. It ends with the process."""
     import wandb
 

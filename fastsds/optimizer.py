@@ -6,15 +6,17 @@ import torch
 
 from fastsds.config import ConfigError, OptimizerConfig
 
+NEW = ("head.", "projections.")
+
 
 def groups(student: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
-    """The trained parameters in groups: CLIP's matrices with decay, its gains, biases and scalars without, the head
-    without and at its own rate. `base_lr` is what the schedule multiplies.
+    """The trained parameters in groups: the model's matrices with decay, its gains, biases and scalars without; the head and
+    projections, which are new, without and at a rate of their own. `base_lr` is what the schedule multiplies.
     """
     matrices, vectors, head = [], [], []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            kind = head if name.startswith("head.") else matrices if parameter.ndim > 1 else vectors
+            kind = head if name.startswith(NEW) else matrices if parameter.ndim > 1 else vectors
             kind.append(parameter)
     rates = ((matrices, config.lr, config.weight_decay), (vectors, config.lr, 0.0), (head, config.head_lr, 0.0))
     return [

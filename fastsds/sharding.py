@@ -9,7 +9,7 @@ import socket
 import torch
 
 from fastsds import optimizer as optimizers
-from fastsds.config import ConfigError, Recipe
+from fastsds.config import AnyRecipe, ConfigError
 from fastsds.engine import TorchEngine, device, gradient_norm, ranks
 
 
@@ -24,7 +24,7 @@ def stage_of(config: dict | None) -> int | None:
     return stage
 
 
-def make_engine(student: torch.nn.Module, recipe: Recipe, deepspeed_config: dict | None = None) -> TorchEngine:
+def make_engine(student: torch.nn.Module, recipe: AnyRecipe, deepspeed_config: dict | None = None) -> TorchEngine:
     """Put a student under an engine. deepspeed_config: DeepSpeed's own JSON, or None for plain torch on one device.
 
     The recipe fills in the batch keys, clipping and bf16; everything else passes through untouched.
@@ -36,7 +36,7 @@ def make_engine(student: torch.nn.Module, recipe: Recipe, deepspeed_config: dict
 class DeepSpeedEngine(TorchEngine):
     """DeepSpeed with ZeRO 0 to 3. precision bf16: bf16 weights, fp32 masters."""
 
-    def __init__(self, student: torch.nn.Module, recipe: Recipe, config: dict):
+    def __init__(self, student: torch.nn.Module, recipe: AnyRecipe, config: dict):
         import deepspeed
         from deepspeed import utils
 
@@ -65,8 +65,8 @@ class DeepSpeedEngine(TorchEngine):
         gloo = self.device.type == "cpu"
         self._host_group = None if gloo else torch.distributed.new_group(backend="gloo")
 
-    def __call__(self, pixels: torch.Tensor | None = None, tokens: torch.Tensor | None = None):
-        return self.ds(pixels, tokens)
+    def __call__(self, *inputs: torch.Tensor | None):
+        return self.ds(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.ds.backward(loss)
@@ -160,7 +160,7 @@ class DeepSpeedEngine(TorchEngine):
         return parameter
 
 
-def fill(config: dict, recipe: Recipe, world_size: int) -> dict:
+def fill(config: dict, recipe: AnyRecipe, world_size: int) -> dict:
     """DeepSpeed's JSON with the recipe's part filled in."""
     filled = {
         **config,

@@ -1,4 +1,4 @@
-"""Train a CLIP with SDS-CLIP. Read it from top to bottom.
+"""Train what a recipe says: a CLIP with SDS-CLIP, a cross-modal student with CLIP-TD. Read it from top to bottom.
 
     deepspeed fastsds/train.py --config configs/zero2.json       the student sharded by ZeRO, on CPU or GPUs
     python -m fastsds.train                                      plain torch, one device, no DeepSpeed
@@ -29,9 +29,11 @@ from pathlib import Path
 import torch
 
 from fastsds import checkpoint, config, optimizer, profiling, sharding
-from fastsds.config import ConfigError, Recipe
+from fastsds.config import AnyRecipe, ConfigError
+from fastsds.data.loader import SkipLog, ahead
 from fastsds.engine import device, ranks
 from fastsds.metrics import Metrics, counts, describe
+from fastsds.training import Training, before_of, prepare, stage_before
 
 INTERRUPTED = 130
 
@@ -42,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(prog="fastsds.train", description="Train a CLIP with SDS-CLIP.", allow_abbrev=False)
+    parser = _Parser(prog="fastsds.train", description="Train what a recipe says: SDS-CLIP or CLIP-TD.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="DeepSpeed's JSON: how to shard. Without it: plain torch")
     parser.add_argument("--recipe", metavar="FILE", help="what to train (YAML). Default: the embedded world")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one recipe value")
@@ -62,72 +64,41 @@ def run(args: argparse.Namespace) -> int:
         recipe = dataclasses.replace(recipe, output=args.output)
     sharded = config.load_deepspeed(args.config) if args.config else None
     config.check(recipe, world_size, sharded)
-    stage = sharding.stage_of(sharded)
-    output, loss, data = Path(recipe.output), recipe.loss, recipe.data
-    resume = checkpoint.find(args.resume, output) if args.resume else None
+    output, before = Path(recipe.output), stage_before(recipe)
+    begun = before is not None and args.resume == "latest" and not checkpoint.steps(output) and before_of(output).is_dir()
+    resume = checkpoint.find(args.resume, output) if args.resume and not begun else None
     if holds_a_run(output) and (resume is None or output.resolve() not in resume.resolve().parents):
         hint = "go on with --resume latest" if checkpoint.steps(output) else "it has no checkpoint: remove it"
         raise ConfigError(f"output: {output} already holds a run; {hint}, or name another --output")
     place = torch.device("cpu") if args.dry_run else device()
     make_deterministic(place)
 
-    # The frozen teacher, the student, the data.
-    from fastsds.data.loader import Loader, SkipLog, ahead
-    from fastsds.data.sources import open_source
-    from fastsds.recipes.head import forget_sums, init_head
-    from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
-    from fastsds.student import make_student, save_student
+    # The stage before, where the recipe asks for one: a run of its own, which goes on from its own checkpoints.
+    if before and not args.dry_run and not (resume and (before_of(output) / "student").is_dir()):
+        first, prepared = before
+        config.check(first, world_size, sharded)
+        made = checkpoint.steps(before_of(output))
+        last = checkpoint.path_of(before_of(output), made[-1]) if made else None
+        if code := train(first, prepared(first, place, rank, world_size), sharded, args, last):
+            return code
+    return train(recipe, prepare(recipe, place, rank, world_size, args.dry_run), sharded, args, resume)
 
-    running = teacher_parts(loss, recipe.bank)
-    parts = teacher_parts(loss, recipe.bank, recipe.head.init)  # and what the head's start asks
-    teacher = bank = None
-    if parts:
-        from fastsds.teacher import Teacher
 
-        teacher = Teacher.of(recipe, place, parts)
-    if recipe.bank.path and loss.lambda_ != 0:
-        from fastsds.teacher.bank import Bank
-
-        bank = Bank(recipe)
-    shape = (teacher or bank).latent_shape if teacher or bank else None
-    student, trained = make_student(recipe.student, shape, place, recipe.seed)
-    source = open_source(data, recipe.seed)
-    count = len(source) if hasattr(source, "__len__") else None
-    about = {"samples": count, "identity": None if count is None else source.identity()}
-    if count is not None and data.batch > count:
-        raise ConfigError(f"data.batch is {data.batch}, larger than the data: {data.source} has {count} samples")
-    if bank:
-        bank.attach(source, teacher if recipe.bank.refresh_every else None, rank, world_size)
-
-    def batches(asked: tuple[str, ...], **how) -> Loader:
-        how = {"rank": rank, "world": world_size, "reach": bank and bank.reach, "read": bank and bank.read, **how}
-        return Loader(
-            source, batch=data.batch, streams=data.streams, seed=recipe.seed, image_size=student.image_size,
-            tokenize=student.tokenize, negatives=loss.negatives == "swapped", shuffled=loss.captions == "shuffled",
-            teacher_size=teacher.image_size if "vae" in asked else None, device=place, max_skipped=data.max_skipped,
-            **how,
-        )  # fmt: skip
-
-    # Where the run starts: a checkpoint, or the head's initialisation.
-    objective = SDSCLIP(loss, teacher, recipe.seed, world_size, rank, student.head, recipe.teacher.micro_batch,
-                        bank and bank.log_snr)
-    saved = checkpoint.load(resume, recipe, about) if resume else None
+def train(recipe: AnyRecipe, training: Training, sharded: dict | None, args: argparse.Namespace, resume: Path | None) -> int:
+    # Where the run starts: a checkpoint, or what comes before the first step.
+    rank, world_size, _ = ranks()
+    output, data, stage = Path(recipe.output), recipe.data, sharding.stage_of(sharded)
+    student, trained, objective = training.student, training.trained, training.objective
+    saved = checkpoint.load(resume, recipe, training.about) if resume else None
     if saved is not None:
         checkpoint.check_engine(saved, recipe, stage, rank, world_size)
         checkpoint.put_weights(saved, student, trained)
-    evaluate = make_evaluation(recipe)
     if args.dry_run:
         optimizer.build(student, recipe.optimizer)
         if rank == 0:
-            print(describe(recipe, student, trained, teacher, source, world_size, stage))
+            print(describe(recipe, training, world_size, stage))
         return 0
-    started = {}
-    if saved is None and shape is not None:
-        kept = bank and recipe.head.init == "ridge"  # the latents are in the bank
-        how = {"rank": 0, "world": 1, **({"read": bank.latents} if kept else {})}  # whole batches, whatever the ranks
-        whole = lambda first, cursors: batches(parts, first=first, cursors=cursors, **how)  # noqa: E731
-        latents = (lambda batch: batch.latents) if kept else None
-        started = init_head(student, teacher, whole, recipe, source, latents=latents, rank=rank)
+    training.begin(resumed=saved is not None)
 
     # The engine; from here on the student is called only through it. The output folder is the first thing written.
     if saved is not None and rank == 0 and output.resolve() in resume.resolve().parents:
@@ -138,24 +109,20 @@ def run(args: argparse.Namespace) -> int:
         start = saved.step
         checkpoint.put_state(saved, engine, objective, recipe)
     metrics = Metrics(output, rank, recipe, start)
-    if rank == 0:
-        forget_sums(output)
     metrics.note(f"{output}: {counts(student, trained)}; steps {start} to {recipe.steps} on {engine.name}")
-    if started:
-        metrics.row(split="head", step=0, init=recipe.head.init, **started)
-    if teacher and teacher.acceleration:
-        metrics.note(f"teacher: {teacher.acceleration}")
+    training.begun(metrics)
     stop = Interrupt()
 
     def save(step: int, cursors: torch.Tensor) -> Path:
         with metrics.pause():
+            about = training.about
             return checkpoint.save(output, step, engine, student, recipe, objective, about, engine.most(cursors))
 
     def measure(step: int) -> None:
         with metrics.pause():
             engine.module.eval()
             with torch.no_grad():
-                evaluate(engine, step, metrics)
+                training.evaluate(engine, step, metrics)
             engine.module.train()
 
     # The loop.
@@ -165,7 +132,8 @@ def run(args: argparse.Namespace) -> int:
     images = data.batch * data.accumulation
     places = [(step, micro) for step in range(start, recipe.steps) for micro in range(data.accumulation)]
     skips = SkipLog(output)
-    loader = batches(running, report=skips, refuse=stop.refuse, first=start * images, cursors=saved and saved.cursors)
+    how = {"report": skips, "refuse": stop.refuse, "first": start * images, "cursors": saved and saved.cursors}
+    loader = training.batches(**how)
     with stop, profiling.trace(output, args.profile, start, recipe.steps, rank) as mark:
         for (batch, cursors), (step, micro) in zip(ahead(loader, len(places), data.workers), places, strict=True):
             last = micro == data.accumulation - 1
@@ -174,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             if micro == 0:
                 optimizer.set_lr(engine.optimizer, rate := optimizer.schedule(step, recipe.steps, recipe.optimizer.warmup))
                 seen: dict[str, list[torch.Tensor]] = {}
-            out = engine(batch.pixels, batch.student_tokens)
+            out = engine(*batch.inputs)
             values = objective(out, batch, step, diagnose=log and last)
             engine.backward(values["loss"])
             engine.step()
@@ -210,9 +178,8 @@ def run(args: argparse.Namespace) -> int:
         save(recipe.steps, cursors)
     weights, _ = engine.state(moments=False)
     if rank == 0:
-        save_student(weights, student, output / "student")
-        if bank:
-            bank.close()
+        checkpoint.save_model(weights, student, output / "student", recipe)
+        training.close()
         metrics.note(f"done: {output / 'student'} ({student.family.loads}), {metrics.path}")
     engine.barrier()
     engine.close()
@@ -252,22 +219,6 @@ class Interrupt:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def make_evaluation(recipe: Recipe):
-    """A function of (engine, step, metrics) that asks the recipe's suite. Every rank calls it: ZeRO-3 needs them all."""
-    asked = recipe.eval
-    if asked.suite == "none":
-        return lambda engine, step, metrics: None
-    from fastsds.evaluation.run import evaluate
-    from fastsds.evaluation.scorer import ClipScorer
-    from fastsds.evaluation.suite import load_suite
-
-    try:
-        suite = load_suite(asked.suite, asked.data, asked.items)
-    except ConfigError as error:
-        raise ConfigError(f"eval.suite, eval.data: {error}") from error
-    return lambda engine, step, metrics: metrics.evaluation(step, evaluate(suite, ClipScorer(engine)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ FLOORS = (
     ("optimizer", "metrics", "profiling", "engine", "jobs"),
     ("history",),
     ("figures",),
-    ("sharding", "checkpoint", "report"),
+    ("sharding", "checkpoint", "report", "training"),
     ("train", "comparison", "export", "check_teacher", "plan", "doctor"),
     ("reproduce",),
     ("demo",),

@@ -144,6 +144,11 @@ class Batch:
         return Batch(**{name: value if value is None else value[rows] for name, value in values.items()})
 
     @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the student is called with."""
+        return self.pixels, self.student_tokens
+
+    @property
     def student_tokens(self) -> torch.Tensor:
         """What the text tower reads: tokens, then negative_tokens if there are any. Shapes: int64 [b or 2b, L]."""
         return self.tokens if self.negative_tokens is None else torch.cat([self.tokens, self.negative_tokens])

@@ -71,7 +71,7 @@ class TargetCache:
         self.teacher, self.student, self.selection = teacher, student, selection
         self.about = {
             "teacher": weights_digest(teacher.clip), "teacher tokenizer": teacher.tokenizer_digest(), "width": teacher.width,
-            "task": task.name, "examples": _examples_digest(task, examples),
+            "task": task.name, "examples": examples_digest(task, examples),
             "student tokenizer": tokenizer_digest(student.family.tokenizer), "student length": student.family.length,
             "student grid": list(student.grid), **asdict(selection),
         }  # fmt: skip
@@ -169,7 +169,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([F.pad(part, (0, 0) * (part.ndim - 2) + (0, most - part.shape[1]), value=value) for part in parts])
 
 
-def _examples_digest(task: Task, examples: Sequence[Example]) -> str:
+def examples_digest(task: Task, examples: Sequence[Example]) -> str:
     """Of all that the targets are made from but pixels, which each row answers for itself."""
     found, shared = hashlib.blake2b(repr((task.source(examples).identity(), task.classes)).encode(), digest_size=16), None
     for e in examples:

@@ -226,14 +226,16 @@ class CLIPTD:
         self.beta, self.weight, self.distance = beta, weight, distance
 
     def __call__(
-        self, out: Projected | CrossModalOutput, labels: torch.Tensor, targets: TeacherTargets | None = None
+        self, out: Projected | CrossModalOutput, batch, step: int = 0, diagnose: bool = False
     ) -> dict[str, torch.Tensor]:
         """The loss of one micro-batch, and its parts.
 
-        Args: out: the student's answer, with several choices for `of` = labels. labels: as `labels_of` gives them.
+        Args: out: the student's answer, with several choices for `of` = labels. batch: has labels, as `labels_of` gives them,
+            and targets (`TeacherTargets`), or None. step, diagnose: of no use here: every step is alike, and tells all.
         Returns: 0-dim tensors: loss (to be differentiated), task, p_student; with beta also text and visual (L_text, L_visual),
             p_teacher, weight (its mean), share_text and share_visual (of the tokens that could be chosen).
         """
+        labels, targets = batch.labels, batch.targets
         task, p_student = task_loss(out.logits, labels), answer_probability(out.logits, labels)
         parts = {"loss": task, "task": task.detach(), "p_student": p_student.mean()}
         if self.beta == 0:
@@ -249,6 +251,13 @@ class CLIPTD:
             **parts, "loss": task + self.beta * (text + visual), "text": text.detach(), "visual": visual.detach(),
             "p_teacher": targets.probability.mean(), "weight": w.mean(), "share_text": share[0], "share_visual": share[1],
         }  # fmt: skip
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        pass
 
     def _pull(self, student: torch.Tensor, teacher: torch.Tensor, index: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         places = torch.arange(index.shape[1], device=index.device).where(index >= 0, -1)
