@@ -11,6 +11,7 @@ from fastsds.config.sections import (
     NOT_EMPTY,
     SHARED,
     LogConfig,
+    LoRAConfig,
     OptimizerConfig,
     StudentConfig,
     ranges,
@@ -85,7 +86,7 @@ class CLIPTDRecipe:
     output: str = "runs/clip_td_world"
     steps: int = 600
     precision: Literal["fp32", "bf16"] = "fp32"
-    student: StudentConfig = field(default_factory=StudentConfig)
+    student: StudentConfig = field(default_factory=lambda: StudentConfig(lora=LoRAConfig(targets=("*attention*weight",))))
     teacher: ClipConfig = field(default_factory=ClipConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
