@@ -224,7 +224,7 @@ def test_targets_and_checkpoints_of_others_are_refused(base, plain, tmp_path, ca
         ("loss.weight=none", 'loss.weight is "none", the checkpoint was made with "relative"'),
     ):
         capfd.readouterr()
-        assert runs.train(*base, *runs.sets(changed), "--output", tmp_path / "run", "--resume", runs.at(plain["base"], 8)) == 2
+        assert runs.train(*base, *runs.sets(changed), "--output", tmp_path / "on", "--resume", runs.at(plain["base"], 8)) == 2
         assert says in capfd.readouterr().err
 
 
