@@ -22,16 +22,21 @@ class Photo:
         return f"{self.key}.{self.suffix}"
 
 
-def make(n: int, most: int = 3) -> list[Photo]:
-    """n photographs in four formats and of several shapes, the k-th with 1 + k % most captions."""
+def whole() -> list:
+    """scikit-image's photographs, as PIL has them."""
     import skimage
     from PIL import Image
 
-    whole = [Image.open(Path(skimage.__path__[0]) / "data" / file).convert("RGB").resize((160, 120)) for file in FILES]
+    return [Image.open(Path(skimage.__path__[0]) / "data" / file).convert("RGB") for file in FILES]
+
+
+def make(n: int, most: int = 3) -> list[Photo]:
+    """n photographs in four formats and of several shapes, the k-th with 1 + k % most captions."""
+    small = [photo.resize((160, 120)) for photo in whole()]
     found = []
     for k in range(n):
         left, top = 7 * k % 80, 11 * k % 60
-        cut = whole[k % len(whole)].crop((left, top, left + 40 + k % 3, top + 40 - k % 5))
+        cut = small[k % len(small)].crop((left, top, left + 40 + k % 3, top + 40 - k % 5))
         suffix, kind = list(KINDS.items())[k % len(KINDS)]
         cut.save(content := io.BytesIO(), kind)
         found.append(Photo(f"{k:06d}", suffix, content.getvalue(), [f"cup {k} {'abc'[j]}" for j in range(1 + k % most)]))

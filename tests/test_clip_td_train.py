@@ -228,14 +228,60 @@ def test_targets_and_checkpoints_of_others_are_refused(base, plain, tmp_path, ca
         assert says in capfd.readouterr().err
 
 
-def test_other_commands_name_the_kind(base, capsys):
+def test_other_commands_name_the_kind(base, plain, tmp_path, capsys):
     from fastsds import cli
 
     for words in (["plan"], ["check-teacher"], ["bank", "build"]):
         assert cli.main([*words, "--recipe", base[1]]) == 2
         assert "recipe is clip_td; expected sds_clip: this command knows no other" in capsys.readouterr().err
+    assert cli.main(["export", str(plain["base"]), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
+    assert "a cross-modal student, which transformers loads as it is" in capsys.readouterr().err
 
 
 def test_the_recipe_is_written_whole(plain):
     recipe = load_recipe(plain["questions"] / "recipe.yaml")
     assert isinstance(recipe, CLIPTDRecipe) and recipe.targets.mass == 0.4 and "adaptation" in as_dict(recipe)
+
+
+BASE = """
+import json, resource, sys
+from pathlib import Path
+import photos, runs, tiny, torch, transformers
+from PIL import Image
+
+folder = Path(sys.argv[1])
+torch.manual_seed(0)
+transformers.ViltModel(transformers.ViltConfig(vocab_size=30522)).save_pretrained(folder / "vilt")
+tiny.save_words(folder / "vilt")
+transformers.ViltImageProcessor().save_pretrained(folder / "vilt")
+(folder / "flickr30k_images").mkdir()
+for k, photo in enumerate(photos.whole()):
+    photo.save(folder / "flickr30k_images" / f"{k}.jpg")
+labels = ("entailment", "neutral", "contradiction", "entailment")
+rows = [{"gold_label": x, "pairID": str(k), "sentence2": f"a red cup {k} on the left.", "Flickr30K_ID": str(k)}
+        for k, x in enumerate(labels)]
+for split in ("train", "dev", "test"):
+    named = [{**row, "pairID": split + row["pairID"]} for row in rows]
+    (folder / f"snli_ve_{split}.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in named))
+sets = (f"student.model={folder / 'vilt'}", "teacher.model=ViT-B-32-quickgelu", "data.task=snli_ve", f"data.folder={folder}",
+        "data.batch=4", "data.streams=4", "targets.k=5", "optimizer.lr=1e-5", "optimizer.head_lr=1e-5", "optimizer.warmup=0",
+        "eval.splits=[]", "eval.every=0", "log_every=1", "steps=2")
+code = runs.train("--recipe", "configs/clip_td_world.yaml", *runs.sets(*sets), "--output", folder / "run")
+print(json.dumps({"code": code, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+
+
+@pytest.mark.slow
+def test_steps_of_vilt_base_taught_by_a_vit_b_32_on_photographs(tmp_path, python, root):
+    """Both at their real sizes, of random weights: 4 photographs, SNLI-VE's own format, two steps of the trainer."""
+    done = python("-c", BASE, tmp_path, env={"PYTHONPATH": f"{root}:{root / 'tests'}"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["code"] == 0, done.stderr
+    rows = runs.rows(tmp_path / "run")
+    print(found, rows)
+    assert rows[1]["loss"] < rows[0]["loss"] and rows[0]["grad_norm"] > 0 and found["gib"] < 8
+    assert rows[0]["share_visual"] == pytest.approx(5 / 144) and 0 < rows[0]["weight"] < 1
+    state = read_crossmodal(tmp_path / "run" / "student")
+    assert state["projections.visual.weight"].shape == (512, 768)
+    assert 110e6 < sum(x.numel() for name, x in state.items() if name.startswith("model.")) < 115e6

@@ -45,6 +45,8 @@ def export(origin: Origin, to: str, out: Path, head: bool = False) -> float:
     out = Path(out)
     if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"--out: {out} is there and not empty, or has no name; expected a new folder")
+    if origin.recipe and origin.recipe.get("recipe") == "clip_td":
+        raise ConfigError(f"{origin.student}: a cross-modal student, which transformers loads as it is; expected a CLIP")
     student = load_student(origin.student)
     if head and student.head is None:
         raise ConfigError(f"--head: {origin.student} has no {HEAD_FILE}")
