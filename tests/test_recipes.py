@@ -12,7 +12,8 @@ from fastsds.student import make_student
 from fastsds.testing import alphas_cumprod
 
 REAL = ("recommended", "lclip_only", "paper_reading", "full_finetune_vitl14")
-TASKS = ("clip_td_world",)
+REAL_TASKS = {"clip_td_snli_ve": (529_527, 5), "clip_td_vqa": (443_757, 10), "clip_td_vcr": (2 * 212_923, 5)}  # epochs
+TASKS = ("clip_td_world", *REAL_TASKS)
 MODELS = {"_vitb16": "ViT-B-16", "_vitb32": "ViT-B-32", "_vitl14": "ViT-L-14", "_rn50": "RN50"}
 LATENT, PAIRS, CAPTIONS = (4, 64, 64), 118_287, 591_753  # Stable Diffusion's latents; COCO 2017 train
 GIB = 1 << 30
@@ -164,3 +165,19 @@ def test_the_arithmetic_of_full_fine_tuning():
     assert f"{recipe.steps * 256:,} = {recipe.steps * 256 / PAIRS:.1f} epochs" in text("full_finetune_vitl14")
     same = ("teacher", "bank", "loss")
     assert all(getattr(recipe, key) == getattr(load_recipe(CONFIGS / "recommended.yaml"), key) for key in same)  # one bank
+
+
+@pytest.mark.parametrize("name", REAL_TASKS)
+def test_the_tasks_recipes_say_what_they_are(name, tmp_path):
+    recipe, (n, epochs), said = load_recipe(CONFIGS / f"{name}.yaml"), REAL_TASKS[name], comments(name)
+    assert "NOT YET REPRODUCED ON REAL DATA" in said and recipe.output == f"runs/{name}"
+    assert recipe.data.task.startswith(name.removeprefix("clip_td_"))
+    assert recipe.steps == math.ceil(epochs * n / recipe.data.batch) and f" epochs of {n:,}" in text(name)
+    assert recipe.optimizer.warmup == round(recipe.steps / 10)
+    few = int(re.search(r"--set data.fraction=0.01 --set steps=(\d+) --set optimizer.warmup=(\d+)", said)[1])
+    assert few == math.ceil(epochs * round(0.01 * n) / recipe.data.batch)
+    assert f"x {n:,} examples: {(40 + 144) * (512 * 2 + 8) * n / GIB:.0f} GiB at most" in text(name)
+    arms = re.findall(r"^# (?:Arms: |      )\S.*?(--set .+)$", text(name), re.MULTILINE)
+    assert len(arms) >= 3
+    for sets in arms:
+        check(load_recipe(CONFIGS / f"{name}.yaml", [*shlex.split(sets)[1::2], f"data.folder={tmp_path}"]), 4)
