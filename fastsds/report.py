@@ -8,6 +8,7 @@ import numpy as np
 
 from fastsds import figures
 from fastsds.config import ConfigError, Recipe
+from fastsds.data.tasks import LOADERS as TASKS
 from fastsds.evaluation.compare import Difference, shown
 from fastsds.history import read_runs
 
@@ -74,13 +75,13 @@ class Grid:
     """
 
     def __init__(self, headline: Sequence[Key], names: tuple[str, ...]):
-        places = {key: _split(key[1]) for key in headline}
+        places = {key: _split(key) for key in headline}
         self.keys = {(split, key[0], name): key for key, (split, name) in places.items()}
         self.splits = list(dict.fromkeys(split for split, _, _ in self.keys))
         self.columns = list(dict.fromkeys((suite, name) for _, suite, name in self.keys))
         several = len({suite for suite, _ in self.columns}) > 1
         titles = [f"{suite} {TITLES.get(name, name)}" if several else TITLES.get(name, name) for suite, name in self.columns]
-        self.header = [*["combinations"] * (self.splits != [""]), *names, *titles]
+        self.header = [*[_splits_title(headline)] * (self.splits != [""]), *names, *titles]
 
     def rows(self, lines: Iterable[tuple[tuple[str, ...], Mapping[Key, str]]]) -> list[list[str]]:
         """A row for each split and line: its names, then what it has of each column."""
@@ -89,8 +90,11 @@ class Grid:
             for names, cells in lines:
                 row = [cells.get(self.keys.get((split, *column)), "-") for column in self.columns]
                 if set(row) != {"-"}:
-                    found.append([*[SPLIT_NAMES.get(split, "")] * (self.splits != [""]), *names, *row])
+                    found.append([*[self._called(split)] * (self.splits != [""]), *names, *row])
         return found
+
+    def _called(self, split: str) -> str:
+        return _split_name(split, next(suite for of, suite, _ in self.keys if of == split))
 
 
 def means(seeds: Sequence[Mapping[Key, float]]) -> dict[Key, str]:
@@ -105,7 +109,7 @@ def scores_table(
 ) -> Table:  # fmt: skip
     """The main table, of cells as `means` gives them; its last row is what random scores reach, in percent."""
     grid = Grid(headline, names)
-    by_column = {(key[0], _split(key[1])[1]): percent(value) for key, value in chance.items()}
+    by_column = {(key[0], _split(key)[1]): percent(value) for key, value in chance.items()}
     row = [*["chance"], *[""] * (len(grid.header) - len(grid.columns) - 1), *(by_column.get(c, "-") for c in grid.columns)]
     return grid.header, [*grid.rows(lines), row]
 
@@ -122,13 +126,13 @@ def claims_table(
     lines: Sequence[tuple[tuple[str, ...], Key, Difference, float]], names: tuple[str, ...]
 ) -> Table:
     """What is tested, one a row: the difference with its 95 % interval and p, and Holm's p over all rows."""
-    suites, splits = ({place(key) for _, key, _, _ in lines} for place in (lambda k: k[0], lambda k: _split(k[1])[0]))
+    suites, splits = ({place(key) for _, key, _, _ in lines} for place in (lambda k: k[0], lambda k: _split(k)[0]))
     rows = []
-    for of, (suite, metric), difference, adjusted in lines:
-        split, name = _split(metric)
-        where = [*[suite] * (len(suites) > 1), *[SPLIT_NAMES.get(split, "")] * (splits != {""})]
+    for of, key, difference, adjusted in lines:
+        split, name = _split(key)
+        where = [*[key[0]] * (len(suites) > 1), *[_split_name(split, key[0])] * (splits != {""})]
         rows.append([*of, *where, TITLES.get(name, name), str(difference), shown(adjusted).removeprefix("= ")])
-    where = [*["suite"] * (len(suites) > 1), *["combinations"] * (splits != {""})]
+    where = [*["suite"] * (len(suites) > 1), *[_splits_title([key for _, key, _, _ in lines])] * (splits != {""})]
     return [*names, *where, "score", "points", "Holm p"], rows
 
 
@@ -138,10 +142,18 @@ def interval(d: Difference) -> str:
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _split(metric: str) -> tuple[str, str]:
-    """A metric's split of the world ("" elsewhere), and its name there."""
-    split, _, name = metric.partition("/")
-    return (split, name) if split in SPLIT_NAMES else ("", metric)
+def _split(key: Key) -> tuple[str, str]:
+    """A metric's split, of a task or of the world's suites ("" elsewhere), and its name there."""
+    split, _, name = key[1].partition("/")
+    return (split, name) if split in SPLIT_NAMES or key[0] in TASKS else ("", key[1])
+
+
+def _split_name(split: str, suite: str) -> str:
+    return split if suite in TASKS else SPLIT_NAMES.get(split, "")
+
+
+def _splits_title(keys: Iterable[Key]) -> str:
+    return "split" if any(suite in TASKS for suite, _ in keys) else "combinations"
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

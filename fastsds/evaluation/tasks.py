@@ -50,6 +50,12 @@ def evaluate_task(
     return Result(task.name, rows, measures, tuple(headline), {**about, "notes": task.notes})
 
 
+def measures_of(task: Task, splits: Sequence[str]) -> tuple[dict[str, Metric], list[str]]:
+    """What `evaluate_task` measures, and its headline, without a student."""
+    parts = {split: task.outcomes(task.splits[split], [0] * len(task.splits[split])) for split in splits}
+    return _measures(task, parts)
+
+
 def first_units(task: Task, split: str, units: int | None) -> list[Example]:
     """The examples of a split's first units, all of each. Args: units: None: all."""
     kept = set(list(dict.fromkeys(task.unit(e) for e in task.splits[split]))[:units])

@@ -13,8 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from fastsds.config import CONFIGS, ConfigError, Over, Recipe, as_dict, check, load_recipe
+from fastsds.config import CONFIGS, AnyRecipe, CLIPTDRecipe, ConfigError, Over, Recipe, as_dict, check, load_recipe
+from fastsds.data.tasks import Task
+from fastsds.data.tasks.opening import open_task
 from fastsds.evaluation.suite import Suite, load_suite, options_of
+from fastsds.evaluation.tasks import measures_of
 from fastsds.strict import merge, nearest, read_yaml, show
 
 SHIPPED = CONFIGS / "reproduce"
@@ -51,12 +54,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Asked:
-    """One suite. options: of its loader. headline: its columns (none: the suite's own); claims: what is tested, Holm's
-    correction over all of them; zero_shot: what must not be lost."""
+    """One suite, or the recipes' task. options: of its loader. splits: of a task. headline: its columns (none: the suite's
+    own); claims: what is tested, Holm's correction over all of them; zero_shot: what must not be lost."""
 
     suite: str | None = None
     path: str | None = None
     options: dict = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
     headline: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     zero_shot: tuple[str, ...] = ()
@@ -70,7 +74,7 @@ class Reproduction:
     output: str = "runs/reproduce"
     sets: dict = field(default_factory=dict)
     seeds: int = 5
-    pairs: tuple[int | Literal["all"], ...] = (ALL,)
+    pairs: tuple[int | float | Literal["all"], ...] = (ALL,)       # of CLIP-TD: fractions of the training examples
     backbones: dict[str, Backbone] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
     evaluation: dict[str, Asked] = field(default_factory=dict)
@@ -85,26 +89,35 @@ class Experiment:
     said: Reproduction
     output: Path
     overrides: tuple[str, ...] = ()
-    _read: dict[str | None, Recipe] = field(default_factory=dict, repr=False, compare=False)
+    _read: dict[str | None, AnyRecipe] = field(default_factory=dict, repr=False, compare=False)
+    _tasks: dict[str, Task] = field(default_factory=dict, repr=False, compare=False)
 
     def pretrain(self, backbone: str, arm: str | None = None) -> tuple[str, ...]:
         """The command that makes where an arm starts (None: most arms)."""
         own = None if arm is None else self.said.arms[arm].pretrain
         return self.said.backbones[backbone].pretrain if own is None else own
 
-    def recipe(self, backbone: str, pairs: int | str, arm: str, seed: int = 0, student: Path | None = None) -> Recipe:
+    @property
+    def trains_tasks(self) -> bool:
+        """Whether it is of CLIP-TD: its recipes' task in place of suites, and no evaluation of a start, whose head is new."""
+        return isinstance(self._base(next((arm.recipe for arm in self.said.arms.values() if arm.recipe), self.said.recipe)),
+                          CLIPTDRecipe)
+
+    def recipe(self, backbone: str, pairs: float | str, arm: str, seed: int = 0, student: Path | None = None) -> AnyRecipe:
         """What one run trains. student: where it starts, if something made that.
 
         An arm whose gradient is amortised has the bank that all arms and seeds with its settings share, unless it names one.
         """
-        said = self.said
+        said, base = self.said, self._base(self.said.arms[arm].recipe or self.said.recipe)
+        size = "data.fraction" if isinstance(base, CLIPTDRecipe) else "data.samples"
         layers = [
             self._over("sets", said.sets), self._over(f"backbones.{backbone}.sets", said.backbones[backbone].sets),
             self._over(f"arms.{arm}.sets", said.arms[arm].sets),
-            self._over("pairs", {} if pairs == ALL else {"data.samples": pairs}), *self.overrides,
+            self._over("pairs", {} if pairs == ALL else {size: pairs}), *self.overrides,
             self._over("seeds", {"seed": seed}), self._over("pretrain", {"student.model": str(student)} if student else {}),
         ]  # fmt: skip
-        base = self._base(said.arms[arm].recipe or said.recipe)
+        if isinstance(base, CLIPTDRecipe):
+            return load_recipe(base, layers)
         made = load_recipe(base, layers, checked=False)
         if made.loss.gradient == "amortised" and made.bank.path is None:
             folder = self.output / "banks" / digest(bank_settings(made)) / "bank"
@@ -113,9 +126,10 @@ class Experiment:
             layers.append(self._over("pairs", {"data.cache": str(Path(made.data.cache) / str(pairs))}))
         return load_recipe(base, layers)
 
-    def makes_bank(self, recipe: Recipe) -> bool:
+    def makes_bank(self, recipe: AnyRecipe) -> bool:
         """Whether a recipe's bank is one of the experiment's own."""
-        return recipe.bank.path is not None and self.output / "banks" in Path(recipe.bank.path).parents
+        path = recipe.bank.path if isinstance(recipe, Recipe) else None
+        return path is not None and self.output / "banks" in Path(path).parents
 
     def suite(self, name: str) -> Suite:
         """Read a suite from where it lies. Raises: ConfigError."""
@@ -125,13 +139,31 @@ class Experiment:
         except ConfigError as error:
             raise ConfigError(f"{self.file}: evaluation.{name}: {error}") from None
 
+    def task(self, recipe: CLIPTDRecipe) -> Task:
+        """The task of a recipe, with all its examples. Raises: ConfigError."""
+        data = replace(recipe.data, fraction=1.0)
+        if (key := digest(task_settings(recipe))) not in self._tasks:
+            self._tasks[key] = open_task(data, recipe.seed)
+        return self._tasks[key]
+
+    def measures(self, name: str) -> Iterable[str]:
+        """The metrics of a section. Raises: ConfigError."""
+        if not self.trains_tasks:
+            return self.suite(name).measures
+        recipe, splits = self.recipe(*next(iter(trained(self.said)))), self.said.evaluation[name].splits
+        task = self.task(recipe)
+        if unknown := [split for split in splits if split not in task.splits]:
+            known = ", ".join(task.splits)
+            raise ConfigError(f"{self.file}: evaluation.{name}.splits: {name} has no {unknown[0]!r}; expected some of {known}")
+        return measures_of(task, splits)[0]
+
     def places(self, name: str) -> tuple[Path | None, dict]:
         """Where a suite lies, and its options."""
         asked = self.said.evaluation[name]
         options = {key: str(self._path(value)) if key in PATHS else value for key, value in asked.options.items()}
         return asked.path and self._path(asked.path), options
 
-    def _base(self, recipe: str | None) -> Recipe:
+    def _base(self, recipe: str | None) -> AnyRecipe:
         if recipe not in self._read:
             self._read[recipe] = load_recipe(recipe and self._path(recipe), checked=False)
         return self._read[recipe]
@@ -182,6 +214,13 @@ def load(
     experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
     for backbone, pairs, arm in trained(said):
         recipe = experiment.recipe(backbone, pairs, arm)
+        if isinstance(recipe, CLIPTDRecipe) != experiment.trains_tasks:
+            raise ConfigError(f"{file}: arms.{arm}.recipe is of {recipe.recipe}; expected recipes of one kind")
+        if experiment.trains_tasks:
+            _check_task(experiment, backbone, pairs, arm, recipe)
+            continue
+        if pairs != ALL and not isinstance(pairs, int):
+            raise ConfigError(f"{file}: pairs is {show(said.pairs)}; expected whole numbers, or all: data.samples")
         if pairs not in (ALL, recipe.data.samples):
             found = f"--set data.samples={recipe.data.samples}"
             raise ConfigError(f"{found}: expected none with the file's pairs: {show(said.pairs)}")
@@ -192,7 +231,32 @@ def load(
     return experiment
 
 
-def trained(said: Reproduction) -> Iterable[tuple[str, int | str, str]]:
+def _check_task(experiment: Experiment, backbone: str, pairs, arm: str, recipe: CLIPTDRecipe) -> None:
+    """What a reproduction of CLIP-TD cannot have. Raises: ConfigError."""
+    file, said = experiment.file, experiment.said
+    for name, asked in said.evaluation.items():
+        for key, wrong, expected in (
+            ("", name != recipe.data.task, f"the name of the recipe's task: {recipe.data.task}"),
+            (".splits", not asked.splits, "splits of the task"),
+            (".suite", asked.suite is not None, "none: it is the recipe's task"),
+            (".path", asked.path is not None, "none: data.folder says it"),
+            (".options", bool(asked.options), "none: data.options has them"),
+            (".zero_shot", bool(asked.zero_shot), "none: a start, whose head is new, knows nothing"),
+        ):
+            if wrong:
+                raise ConfigError(f"{file}: evaluation.{name}{key}; expected {expected}")
+    if START in said.arms[arm].against:
+        raise ConfigError(f"{file}: arms.{arm}.against: {START}: a start, whose head is new, knows nothing; expected arms")
+    if experiment.pretrain(backbone, arm):
+        raise ConfigError(f"{file}: pretrain; expected none with recipes of clip_td: student.model names where they start")
+    if pairs != ALL and recipe.data.fraction != pairs:
+        found = f"--set data.fraction={recipe.data.fraction}"
+        raise ConfigError(f"{found}: expected none with the file's pairs: {show(said.pairs)}")
+    if said.arms[arm].same_time_as and not recipe.steps:
+        raise ConfigError(f"{file}: arms.{arm}.same_time_as: steps is 0, and takes no time; expected at least 1")
+
+
+def trained(said: Reproduction) -> Iterable[tuple[str, float | str, str]]:
     """(backbone, pairs, arm) of all that is trained, for each seed."""
     return product(said.backbones, said.pairs, said.arms)
 
@@ -207,7 +271,7 @@ def missing(experiment: Experiment) -> list[str]:
             found[str(error)] = None
     for name in experiment.said.evaluation:
         try:
-            check_metrics(experiment, name, experiment.suite(name).measures)
+            check_metrics(experiment, name, experiment.measures(name))
         except ConfigError as error:
             found[str(error)] = None
     return list(found)
@@ -242,6 +306,13 @@ def bank_settings(recipe: Recipe) -> dict:
     return {"precision": recipe.precision, **found}
 
 
+def task_settings(recipe: CLIPTDRecipe) -> dict:
+    """All of a recipe that what its task asks depends on. Values that are drawn for a shift are the seed's."""
+    data = as_dict(recipe)["data"]
+    seed = recipe.seed if recipe.data.shift.share is not None else None
+    return {key: data[key] for key in ("task", "folder", "options", "shift")} | {"seed": seed}
+
+
 def digest(values) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -261,7 +332,7 @@ def _check(file: Path, said: Reproduction) -> None:
         raise wrong("seeds", said.seeds, "at least 1")
     if not said.zero_shot_bound >= 0:
         raise wrong("zero_shot_bound", said.zero_shot_bound, "at least 0, in points")
-    if not said.pairs or len(set(said.pairs)) < len(said.pairs) or any(p != ALL and p < 1 for p in said.pairs):
+    if not said.pairs or len(set(said.pairs)) < len(said.pairs) or any(p != ALL and p <= 0 for p in said.pairs):
         raise wrong("pairs", said.pairs, "numbers of pairs, at least 1 and each once, or all")
     for key in ("backbones", "arms", "evaluation"):
         names = getattr(said, key)
@@ -295,6 +366,8 @@ def _check(file: Path, said: Reproduction) -> None:
     for name, asked in said.evaluation.items():
         if asked.path is not None and not asked.path.strip():
             raise wrong(f"evaluation.{name}.path", asked.path, "a text that is not empty")
+        if asked.splits:  # a task; what it may have is checked with the recipes
+            continue
         try:
             known = options_of(asked.suite or name)
         except ConfigError as error:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsds import checkpoint, comparison
-from fastsds.config import Recipe, as_dict, dump_recipe
+from fastsds.config import AnyRecipe, CLIPTDRecipe, Recipe, as_dict, dump_recipe
+from fastsds.crossmodal import load_crossmodal
 from fastsds.engine import device
 from fastsds.evaluation.results import RESULT, Result, load_result
 from fastsds.evaluation.suite import Suite
+from fastsds.evaluation.tasks import evaluate_task
 from fastsds.jobs import Job
-from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, digest, twin
+from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, digest, task_settings, twin
 from fastsds.student import load_student
 
 RECIPE = "recipe.yaml"
@@ -33,7 +35,7 @@ class Cell(NamedTuple):
     """One student: a trained one, or a start, whose arm is "pretrained" or "pretrained_ARM" and whose pairs are "all"."""
 
     backbone: str
-    pairs: int | str
+    pairs: float | str
     arm: str
     seed: int
 
@@ -91,7 +93,8 @@ def _add(made: Plan, cell: Cell) -> None:
         folder = seeded / f"pretraining{own}"
         needs, student = [made.put(pretraining(folder, words, cell.seed))], folder / "student"
     recipe = experiment.recipe(*cell, student)
-    _start(made, cell, seeded / f"{START}{own}" if words else home / f"{START}_{_called(recipe)}", recipe, needs)
+    if not experiment.trains_tasks:
+        _start(made, cell, seeded / f"{START}{own}" if words else home / f"{START}_{_called(recipe)}", recipe, needs)
     if experiment.makes_bank(recipe):
         bank = made.put(banking(Path(recipe.bank.path).parent, recipe))
         made.banks += [bank] * (bank not in made.banks)
@@ -103,6 +106,10 @@ def _add(made: Plan, cell: Cell) -> None:
     made.runs[cell] = made.put(training(folder, recipe, [*needs, *pair], pair))
     for suite in experiment.said.evaluation:
         where = folder / "evaluation" / suite
+        if experiment.trains_tasks:
+            asked = answering(made, suite, where, folder / "run" / "student", recipe, [made.runs[cell]])
+            made.evaluations[cell, suite] = made.put(asked)
+            continue
         made.evaluations[cell, suite] = made.put(
             evaluation(made, suite, where, str(folder / "run" / "student"), None, recipe, [made.runs[cell]])
         )
@@ -152,7 +159,7 @@ def banking(folder: Path, recipe: Recipe) -> Job:
     return Job(said, folder, lambda: argv, key=key, files=_recipe(recipe), go_on=list)
 
 
-def training(folder: Path, recipe: Recipe, needs: list[Job], pair: tuple[Job, ...] = ()) -> Job:
+def training(folder: Path, recipe: AnyRecipe, needs: list[Job], pair: tuple[Job, ...] = ()) -> Job:
     """One run of the trainer. One that was cut off goes on from its last checkpoint.
 
     pair: multiply steps by the seconds of pair[1] over those of pair[0].
@@ -209,11 +216,25 @@ def evaluation(
     return Job("", folder, command, read, list(needs), key, go_on=list)
 
 
-def _recipe(recipe: Recipe):
+def answering(made: Plan, task: str, folder: Path, student: Path, recipe: CLIPTDRecipe, needs: list[Job]) -> Job:
+    """The recipes' task asked of one student, here."""
+    splits = made.experiment.said.evaluation[task].splits
+    key = {"task": task_settings(recipe), "splits": splits, "weights": comparison.weights()}
+
+    def here() -> dict:
+        model = load_crossmodal(student, device=device()).eval()
+        found = evaluate_task(model, made.experiment.task(recipe), splits, workers=recipe.data.workers)
+        found.save(folder)
+        return {"metrics": found.metrics, "kept": "."}
+
+    return Job("", folder, lambda: None, here, list(needs), key)
+
+
+def _recipe(recipe: AnyRecipe):
     return lambda: {RECIPE: dump_recipe(recipe)}
 
 
-def pairs_seen(recipe: Recipe, run: Path) -> int:
+def pairs_seen(recipe: AnyRecipe, run: Path) -> int:
     """How many different samples a run was trained on at most."""
     found = checkpoint.read_meta(checkpoint.path_of(run, checkpoint.steps(run)[-1]))
     return min(found["samples"] or sys.maxsize, found["step"] * recipe.data.batch * recipe.data.accumulation)

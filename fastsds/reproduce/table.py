@@ -26,7 +26,7 @@ class Line(NamedTuple):
     """The cells of all seeds: one row of the table."""
 
     backbone: str
-    pairs: int | str
+    pairs: float | str
     arm: str
 
 
@@ -139,7 +139,8 @@ class Findings:
 
     def tables(self) -> list[Table]:
         """Scores and what of zero-shot is kept; differences; claims. One without rows is left out."""
-        titles = (*["backbone"] * (len(self.said.backbones) > 1), *["pairs"] * (len(self.said.pairs) > 1))
+        sizes = "examples" if self.plan.experiment.trains_tasks else "pairs"
+        titles = (*["backbone"] * (len(self.said.backbones) > 1), *[sizes] * (len(self.said.pairs) > 1))
         kept = {key: (key[0], _zero_shot(key[1])) for _, key in self.zero_shot}
         scores = [
             (
@@ -253,6 +254,8 @@ class Findings:
 
     def _names(self, line: Line) -> tuple[str, ...]:
         pairs = "-" if line.arm not in self.said.arms else line.pairs if line.pairs == ALL else f"{line.pairs:,}"
+        if isinstance(line.pairs, float):
+            pairs = f"{100 * line.pairs:g} %"
         return (*[line.backbone] * (len(self.said.backbones) > 1), *[pairs] * (len(self.said.pairs) > 1))
 
     def _of(self, one: Compared) -> tuple[str, ...]:
