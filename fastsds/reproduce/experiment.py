@@ -196,14 +196,15 @@ def find(name: str) -> Path:
 
 
 def load(
-    file: Path, output: Path | None = None, overrides: Sequence[str] = (), seeds: int | None = None, only: Sequence[str] = ()
+    file: Path, output: Path | None = None, overrides: Sequence[str] = (), seeds: int | None = None, only: Sequence[str] = (),
+    **instead,
 ) -> Experiment:
     """Read and check a file.
 
-    Args: seeds, only: as many seeds; these arms and backbones (of a kind that is not named, all).
+    Args: seeds, only: as many seeds; these arms and backbones (of a kind that is not named, all). instead: of the file's keys.
     Raises: ConfigError that names file and key, and what was expected.
     """
-    said = merge(Reproduction(), read_yaml(file, "reproduction"), str(file), {})
+    said = replace(merge(Reproduction(), read_yaml(file, "reproduction"), str(file), {}), **instead)
     _check(file, said)
     if seeds is not None and seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; expected at least 1")
