@@ -100,8 +100,7 @@ class Experiment:
     @property
     def trains_tasks(self) -> bool:
         """Whether it is of CLIP-TD: its recipes' task in place of suites, and no evaluation of a start, whose head is new."""
-        return isinstance(self._base(next((arm.recipe for arm in self.said.arms.values() if arm.recipe), self.said.recipe)),
-                          CLIPTDRecipe)
+        return isinstance(self._base(next(iter(self.said.arms.values())).recipe or self.said.recipe), CLIPTDRecipe)
 
     def recipe(self, backbone: str, pairs: float | str, arm: str, seed: int = 0, student: Path | None = None) -> AnyRecipe:
         """What one run trains. student: where it starts, if something made that.
@@ -213,15 +212,16 @@ def load(
             raise ConfigError(f"--set {override}: expected --{OWN[key]}, which is of all runs")
     said = replace(_only(said, only), seeds=seeds or said.seeds)
     experiment = Experiment(file, said, (output or Path(said.output)).resolve(), tuple(overrides))
+    for name, arm in said.arms.items():
+        if isinstance(experiment._base(arm.recipe or said.recipe), CLIPTDRecipe) != experiment.trains_tasks:
+            raise ConfigError(f"{file}: arms.{name}.recipe is of another kind; expected recipes of one kind")
+    if not experiment.trains_tasks and any(isinstance(pairs, float) for pairs in said.pairs):
+        raise ConfigError(f"{file}: pairs is {show(said.pairs)}; expected whole numbers, or all: data.samples")
     for backbone, pairs, arm in trained(said):
         recipe = experiment.recipe(backbone, pairs, arm)
-        if isinstance(recipe, CLIPTDRecipe) != experiment.trains_tasks:
-            raise ConfigError(f"{file}: arms.{arm}.recipe is of {recipe.recipe}; expected recipes of one kind")
         if experiment.trains_tasks:
             _check_task(experiment, backbone, pairs, arm, recipe)
             continue
-        if pairs != ALL and not isinstance(pairs, int):
-            raise ConfigError(f"{file}: pairs is {show(said.pairs)}; expected whole numbers, or all: data.samples")
         if pairs not in (ALL, recipe.data.samples):
             found = f"--set data.samples={recipe.data.samples}"
             raise ConfigError(f"{found}: expected none with the file's pairs: {show(said.pairs)}")
