@@ -82,7 +82,7 @@ def align_text(
     shared = torch.minimum(s[:, :, None, 1], t[:, None, :, 1]) - torch.maximum(s[:, :, None, 0], t[:, None, :, 0])
     shared = F.pad(shared.clamp(min=0), (0, features.shape[1] - shared.shape[2]))  # [b, Lt, L]
     total = shared.sum(2, keepdim=True)
-    return (shared / total.clamp(min=1)).to(features.dtype) @ features, total.squeeze(2) > 0
+    return (shared.to(features.dtype) / total.clamp(min=1)) @ features, total.squeeze(2) > 0
 
 
 def align_patches(features: torch.Tensor, grid: tuple[int, int], to: tuple[int, int]) -> torch.Tensor:
