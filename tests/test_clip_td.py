@@ -71,7 +71,10 @@ def bilinear(picture, rows, columns):
     return out
 
 
-@pytest.mark.parametrize("grid, to", [((2, 2), (4, 4)), ((7, 7), (12, 12)), ((3, 5), (4, 2)), ((4, 4), (1, 1)), ((1, 1), (3, 3))])
+GRIDS = [((2, 2), (4, 4)), ((7, 7), (12, 12)), ((3, 5), (4, 2)), ((4, 4), (1, 1)), ((1, 1), (3, 3))]
+
+
+@pytest.mark.parametrize(("grid", "to"), GRIDS)
 def test_patches_are_resampled_at_the_students_centres(grid, to):
     features = rand(2, math.prod(grid), 3)
     found = clip_td.align_patches(features, grid, to)

@@ -122,7 +122,7 @@ def test_longer_texts_in_a_batch_change_nothing(student):
 
 def test_spans_say_where_tokens_lie(student):
     text = "The  Réd ring, xyz [SEP] above 雪!"
-    spans, tokens = student.spans(text), student.tokenize([text])[0]
+    spans, tokens = student.spans([text])[0], student.tokenize([text])[0]
     assert len(spans) == len(tokens) and spans[0] is None and spans[-1] is None
     pieces = student.family.tokenizer.convert_ids_to_tokens(tokens)
     for piece, (first, last) in zip(pieces[1:-1], spans[1:-1], strict=True):
@@ -131,8 +131,10 @@ def test_spans_say_where_tokens_lie(student):
     covered = sorted({k for first, last in spans[1:-1] for k in range(first, last)})
     assert "".join(text[k] for k in covered) == re.sub(r"\s", "", text)
     long = "ring square " * 40
-    assert len(student.spans(long)) == student.tokenize([long]).shape[1] == student.family.length
-    assert student.spans("") == [None, None]
+    assert len(student.spans([long])[0]) == student.tokenize([long]).shape[1] == student.family.length
+    assert student.spans([""]) == [[None, None]]
+    together = student.spans(["ring", long])
+    assert [len(of) for of in together] == [student.family.length] * 2 and not any(together[0][3:])
 
 
 def test_multiple_choice_scores_each_choice_as_if_it_were_alone(folder):
@@ -321,8 +323,8 @@ def test_the_world_has_a_small_untrained_vilt(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again(pixels, tokens), student(pixels, tokens), strict=True))
     assert torch.equal(again.tokenize(TEXTS), student.tokenize(TEXTS))
     text = "a red ring [SEP] left — of 雪 <|endoftext|> it"
-    assert [text[span[0] : span[1]] for span in student.spans(text)[1:4]] == ["a", "red", "ring"]
-    assert len(student.spans(text)) == int(student.mask(student.tokenize([text])).sum())  # its padding is its end token
+    assert [text[span[0] : span[1]] for span in student.spans([text])[0][1:4]] == ["a", "red", "ring"]
+    assert len(student.spans([text])[0]) == int(student.mask(student.tokenize([text])).sum())  # its padding is its end token
 
 
 @pytest.mark.parametrize("name", ["world_entailment", "world_questions", "world_choice"])

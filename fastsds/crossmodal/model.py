@@ -128,13 +128,11 @@ class CrossModal(nn.Module):
         """Which tokens are there. Shapes: int64 [..., L] -> bool [..., L]."""
         return tokens != PADDING
 
-    def spans(self, text: str) -> list[tuple[int, int] | None]:
-        """Where each token of `tokenize([text])` lies in the text: text[first:last]; None for special tokens."""
-        read = self._read(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        return [
-            None if special else tuple(span)
-            for span, special in zip(read.offset_mapping, read.special_tokens_mask, strict=True)
-        ]
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int] | None]]:
+        """Where each token of `tokenize(texts)` lies in its text: text[first:last]; None for special tokens and padding."""
+        read = self._read(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
+        rows = zip(read.offset_mapping, read.special_tokens_mask, strict=True)
+        return [[None if special else tuple(at) for at, special in zip(*row, strict=True)] for row in rows]
 
     def _read(self, texts, **options):
         # one padding and one truncation everywhere: a fast tokenizer keeps them, and threads share it

@@ -29,7 +29,8 @@ from fastsds.recipes.clip_tokens import ClipTokens, tokenizer_digest
 from fastsds.recipes.head import weights_digest
 from fastsds.teacher.shards import Shards, fill, rows_a_shard
 
-CHUNK = 32  # examples a call of CLIP
+CHUNK = 64  # examples a call of CLIP
+TEXTS = 50_000  # prompts whose features are kept
 SELECTIONS = ("all", "pooled", "targeted")
 RAGGED = ("text", "text_index", "visual", "visual_index")  # their K is a shard's own
 
@@ -80,6 +81,7 @@ class TargetCache:
         self.size = rows_a_shard(self.a_row, CHUNK, len(examples))
         self.shards = Shards.plan(self.folder, self.about, len(examples), self.size)
         self._shared: tuple[Sequence[str] | None, torch.Tensor | None] = (None, None)
+        self._texts: dict[str, torch.Tensor] = {}
 
     def build(self, workers: int = 0, rank: int = 0, world: int = 1) -> None:
         """Ask CLIP about every example that is not there yet; several processes share the work, a stopped one goes on.
@@ -106,7 +108,9 @@ class TargetCache:
         if other := (self.shards.read("pair", rows) != samples.digests).nonzero().flatten().tolist():
             example = self.examples[int(rows[other[0]])]
             raise ConfigError(f"{self.folder}: {example.id} has another image or text than CLIP was asked about; build it anew")
-        columns = {name: _joined([self.shards.read(name, row[None]) for row in rows]) for name in RAGGED}
+        order = (rows // self.size).sort(stable=True).indices  # a shard's together: its K is its own
+        parts = rows[order].split((rows // self.size).unique(return_counts=True)[1].tolist())
+        columns = {name: _joined([self.shards.read(name, part) for part in parts])[order.argsort()] for name in RAGGED}
         columns |= {name: self.shards.read(name, rows) for name in TeacherTargets._fields if name not in RAGGED}
         return TeacherTargets(**columns)
 
@@ -117,11 +121,12 @@ class TargetCache:
         texts = [clip_td.reads(e)[e.target if e.choices else 0] for e in examples]
         place = self.teacher.device
         found = self.teacher(samples.pixels.to(place), self.teacher.tokenize(texts).to(place))
+        self._texts.update(zip(texts, F.normalize(found.pooled_text, dim=-1), strict=True))
         if self.selection.select == "pooled":
             text, visual = found.pooled_text[:, None], found.pooled_image[:, None]
             said = torch.ones(len(rows), 1, dtype=torch.bool, device=place)
         else:
-            spans = ([of.spans(text) for text in texts] for of in (self.student, self.teacher))
+            spans = (of.spans(texts) for of in (self.student, self.teacher))
             text, said = clip_td.align_text(*spans, found.text)
             visual = clip_td.align_patches(found.visual, self.teacher.grid, self.student.grid)
         seen = torch.ones(visual.shape[:2], dtype=torch.bool, device=place)
@@ -138,16 +143,22 @@ class TargetCache:
     def _probability(self, examples: Sequence[Example], image: torch.Tensor) -> torch.Tensor:
         """p_T of the right answers. Shapes: image [n, d] -> fp32 [n]."""
         prompts, image = [self.task.prompts(e) for e in examples], F.normalize(image, dim=-1)
-        if all(of is prompts[0] for of in prompts):  # the same for all, and perhaps for the next ones: encoded once
+        if all(of is prompts[0] for of in prompts):  # the same for all, and perhaps for the next ones
             if self._shared[0] is not prompts[0]:
-                self._shared = prompts[0], self.teacher.encode_texts(list(prompts[0]))
+                self._shared = prompts[0], self._encoded(prompts[0])
             logits = self.teacher.scale * image @ self._shared[1].T
         else:
-            row = {text: k for k, text in enumerate(dict.fromkeys(text for of in prompts for text in of))}
-            encoded = self.teacher.encode_texts(list(row))
-            features = torch.stack([encoded[[row[text] for text in of]] for of in prompts])  # [n, classes, d]
+            features = self._encoded([text for of in prompts for text in of]).unflatten(0, (len(prompts), -1))
             logits = self.teacher.scale * torch.einsum("nd,ncd->nc", image, features)
         return clip_td.answer_probability(logits, clip_td.labels_of(examples, logits.shape[1]).to(logits.device)).float()
+
+    def _encoded(self, texts: Sequence[str]) -> torch.Tensor:
+        """CLIP's text features, each text's made once: tasks ask of the same ones again and again. Shapes: [n, d]."""
+        if len(self._texts) > TEXTS:
+            self._texts.clear()
+        if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
+            self._texts.update(zip(new, self.teacher.encode_texts(new), strict=True))
+        return torch.stack([self._texts[text] for text in texts])
 
 
 def captioned(task: Task, examples: Sequence[Example], workers: int = 0) -> Source:

@@ -12,6 +12,7 @@ cleaned text are led back by a comparison of the two, a changed stretch as a who
 
 import hashlib
 import json
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
@@ -50,8 +51,7 @@ class ClipTokens:
         self._encode, self.grid = _reader(clip)
         self.clip, self.family = clip.eval().requires_grad_(False), clip.family
         self.image_size, self.width = clip.image_size, clip.width
-        for text in PROBES:
-            ids, _ = self._read(text)
+        for text, (ids, _) in zip(PROBES, self._read(PROBES), strict=True):
             if ids != clip.tokenize([text])[0, : len(ids)].tolist():
                 raise ConfigError(f"{self.family.where}: its tokenizer does not say where the tokens of {text[:30]!r} lie")
 
@@ -80,9 +80,9 @@ class ClipTokens:
         """Shapes: [n] strings -> int64 [n, L]."""
         return self.clip.tokenize(texts)
 
-    def spans(self, text: str) -> list[Span]:
-        """Where each token of `tokenize([text])` lies: text[first:last]; None for special tokens, padding included."""
-        return self._read(text)[1]
+    def spans(self, texts: Sequence[str]) -> list[list[Span]]:
+        """Where each token of `tokenize(texts)` lies: text[first:last]; None for special tokens, padding included."""
+        return [spans for _, spans in self._read(texts)]
 
     def tokenizer_digest(self) -> str:
         """What tells this CLIP's reading of texts from another's."""
@@ -92,18 +92,24 @@ class ClipTokens:
         rules = (simple.bpe_ranks, simple.all_special_ids, simple.clean_fn.__name__, simple.context_length)
         return hashlib.blake2b(repr(rules).encode(), digest_size=16).hexdigest()
 
-    def _read(self, text: str) -> tuple[list[int], list[Span]]:
+    def _read(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Ids and spans of each text."""
         length, fast = self.clip.context_length, _fast(self.family)
         clean = getattr(self.family.tokenizer, "clean_fn", None)  # what open_clip does to a text first
-        cleaned = clean(text) if clean else text
+        cleaned = [clean(text) if clean else text for text in texts]
         if fast is None:
-            ids, spans = _simple(self.family.tokenizer, cleaned, length)
+            found = [_simple(self.family.tokenizer, text, length) for text in cleaned]
         else:
             options = dict(return_offsets_mapping=True, return_special_tokens_mask=True)
             read = fast(cleaned, padding="max_length", truncation=True, max_length=length, **options)
-            ids, special = read.input_ids, read.special_tokens_mask
-            spans = [None if s else tuple(at) for at, s in zip(read.offset_mapping, special, strict=True)]
-        return ids, spans if cleaned == text else _led_back(text, cleaned, spans)
+            found = [
+                (ids, [None if s else tuple(at) for at, s in zip(places, special, strict=True)])
+                for ids, places, special in zip(read.input_ids, read.offset_mapping, read.special_tokens_mask, strict=True)
+            ]
+        return [
+            (ids, spans if text == said else _led_back(said, text, spans))
+            for said, text, (ids, spans) in zip(texts, cleaned, found, strict=True)
+        ]
 
 
 def tokenizer_digest(tokenizer) -> str:

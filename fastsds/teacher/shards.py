@@ -33,6 +33,7 @@ class Shards:
     def __init__(self, folder: Path, about: dict, rows: int, size: int):
         self.folder, self.about, self.rows, self.size = Path(folder), about, rows, size
         self._open: dict[int, object] = {}
+        self._mapped: dict[tuple[int, str], torch.Tensor] = {}
 
     @classmethod
     def plan(cls, folder: Path, about: dict, rows: int, size: int) -> "Shards":
@@ -130,14 +131,23 @@ class Shards:
 
     def read(self, name: str, rows: torch.Tensor, column: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a tensor, in the order asked. Shapes: rows [b] -> [b, ...]; with column [b] the rows' entries there."""
-        picked = []
-        for i, row in enumerate(rows.tolist()):
-            at = row % self.size if column is None else (row % self.size, int(column[i]))
-            picked.append(self._shard(row // self.size).get_slice(name)[at])
-        return torch.stack(picked)
+        shards, inside, found = rows // self.size, rows % self.size, None
+        for shard in shards.unique().tolist():
+            mine = shards == shard
+            at = inside[mine] if column is None else (inside[mine], column[mine])
+            part = self._tensor(shard, name)[at]
+            found = part.new_empty(len(rows), *part.shape[1:]) if found is None else found
+            found[mine] = part
+        return found
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard_{shard:05d}.safetensors"
+
+    def _tensor(self, shard: int, name: str) -> torch.Tensor:
+        """A shard's tensor, mapped from the file: what is not indexed is not read."""
+        if (shard, name) not in self._mapped:
+            self._mapped[shard, name] = self._shard(shard).get_tensor(name)
+        return self._mapped[shard, name]
 
     def _shard(self, shard: int):
         if shard not in self._open:
