@@ -310,14 +310,14 @@ def test_two_ranks_are_one(folder, tmp_path):
 # -- the embedded world ------------------------------------------------------------------------------------------------
 
 
-def test_the_world_has_a_small_untrained_vilt(tmp_path):
+def test_the_world_has_a_small_vilt(tmp_path):
     start = time.monotonic()
     student, trained = make_crossmodal(StudentConfig(), 3, seed=1)
     assert time.monotonic() - start < 10
     assert (student.grid, student.image_size) == ((4, 4), 32) and sum(p.numel() for p in student.parameters()) < 1e6
     same, other = (make_crossmodal(StudentConfig(), 3, seed=seed)[0].state_dict() for seed in (1, 2))
     assert all(torch.equal(same[name], tensor) for name, tensor in student.state_dict().items())
-    assert not torch.equal(other["model.embeddings.position_embeddings"], same["model.embeddings.position_embeddings"])
+    assert {name.partition(".")[0] for name in same if not torch.equal(other[name], same[name])} == {"head"}
     save_crossmodal(student.state_dict(), student, tmp_path)
     again, pixels, tokens = load_crossmodal(tmp_path), tiny.pixels(2, 32), student.tokenize(TEXTS[:2])
     assert all(torch.equal(a, b) for a, b in zip(again(pixels, tokens), student(pixels, tokens), strict=True))

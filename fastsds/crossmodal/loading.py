@@ -44,17 +44,17 @@ def load_crossmodal(
     """Load a cross-modal student in fp32.
 
     Args: model: a transformers folder, `hf-hub:ORG/NAME` or ORG/NAME, of which only what is not on this disk is fetched; or
-        "world": a small ViLT of random weights for the embedded world (none is shipped). classes: of the head, 0 for one score
-        a choice; None takes the folder's own head. device: "meta" reads no weights and no tokenizer. seed: of whatever is not
-        loaded.
+        "world": the embedded world's, small, pretrained on its captions (fastsds/world/vilt.py). classes: of the head, 0 for
+        one score a choice; None takes the folder's own head. device: "meta" reads no weights and no tokenizer. seed: of
+        whatever is not loaded.
     Raises: ConfigError that names the file and what is wrong in it.
     """
     meta = torch.device(device).type == "meta"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        folder = None if str(model) == "world" else _folder(str(model), meta)
-        body, family = _world(meta) if folder is None else _read(folder, meta)
-        saved = None if folder is None else read_head(folder)
+        folder = _folder(str(model), meta)
+        body, family = _read(folder, meta)
+        saved = read_head(folder)
         if classes is None and saved is None:
             raise ConfigError(f"student {model}: no {HEAD_FILE}, so the number of classes must be given")
         with torch.device("meta" if meta else "cpu"):
@@ -81,19 +81,12 @@ def _read(folder: Path, meta: bool) -> tuple[nn.Module, Family]:
     return FAMILIES[kind](folder, meta)
 
 
-def _world(meta: bool) -> tuple[nn.Module, Family]:
-    """The embedded world's ViLT, untrained, with the tokenizer of its CLIP."""
-    from fastsds.world import models
-
-    config, processor, tokenizer = models.vilt_parts()
-    with torch.device("meta" if meta else "cpu"):
-        model = models.vilt(config)
-    vilt.in_order(model)
-    return model, vilt.make(config, processor, tokenizer, "student world")
-
-
 def _folder(model: str, meta: bool) -> Path:
-    """The folder that a recipe's `student.model` names: a local one, or the hub's on this disk."""
+    """The folder that a recipe's `student.model` names: the world's, a local one, or the hub's on this disk."""
+    if model == "world":
+        from fastsds import world
+
+        return world.VILT
     folder = Path(model)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():

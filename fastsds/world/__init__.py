@@ -5,4 +5,5 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 TEACHER = WEIGHTS / "teacher"
 STUDENT = WEIGHTS / "student"
+VILT = WEIGHTS / "vilt"
 RECIPE = Path(__file__).parents[2] / "configs" / "world.yaml"

@@ -1,8 +1,9 @@
-"""Train the embedded world's autoencoder, teacher and student from a seed: `python -m fastsds.world.pretrain`.
+"""Train the embedded world's autoencoder, teacher, student and ViLT from a seed: `python -m fastsds.world.pretrain`.
 
 Stages in order: tokenizer, autoencoder, teacher (UNet and text encoder together, on captioned latents alone),
-student. Each writes its folder when it ends, in fp16; a folder that is there is not trained again unless asked for
-by `--only`. The log and a manifest (commit, command, seed, checksums, the teacher's own score) stand beside.
+student, vilt (the cross-modal student: vilt.py). Each writes its folder when it ends, in fp16; a folder that is there is not
+trained again unless asked for by `--only`. The log and a manifest (commit, command, seed, checksums, the teacher's own score)
+stand beside.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from fastsds.world import TEACHER as TEACHER_FOLDER
 from fastsds.world import WEIGHTS, models
 from fastsds.world.scenes import COLOURS, KINDS, RELATIONS, SHAPES, WorldSource, swap_items
 from fastsds.world.tokenizer import train_tokenizer
+from fastsds.world.vilt import SETTINGS as VILT
+from fastsds.world.vilt import train_vilt
 
 AUTOENCODER = {"steps": 1000, "batch": 64, "lr": 2e-3, "kl": 1e-4}
 TEACHER = {"steps": 2000, "batch": 64, "lr": 1.5e-3, "scenes": 60_000}
 STUDENT = {"steps": 1000, "batch": 32, "lr": 1e-3, "weight_decay": 0.05}
-SETTINGS = {"autoencoder": AUTOENCODER, "teacher": TEACHER, "student": STUDENT}
+SETTINGS = {"autoencoder": AUTOENCODER, "teacher": TEACHER, "student": STUDENT, "vilt": VILT}
 LOG = "pretrain.log"
 FIRST_PRETRAINING = 1 << 24  # the student's pretraining scenes are not those it is fine-tuned on
 
@@ -249,7 +252,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m fastsds.world.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder to write (default: the shipped weights)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("autoencoder", "teacher", "student"), help="train this stage alone")
+    parser.add_argument("--only", choices=tuple(SETTINGS), help="train this stage alone")
     parser.add_argument("--parsing", action="store_true", help="student with a parsing loss on its text tower (a control)")
     parser.add_argument("--steps", type=int, help="steps of the stage given by --only")
     arguments = parser.parse_args(argv)
@@ -266,7 +269,7 @@ def main(argv: list[str] | None = None):
         if only != stage and (only or made.exists()):
             return
         steps, before = arguments.steps or SETTINGS[stage]["steps"], time.monotonic()
-        run(made.parent if stage != "student" else made, seed, log, steps, *options)
+        run(made if stage in ("student", "vilt") else made.parent, seed, log, steps, *options)
         stages[stage] = {
             "command": " ".join(["python -m fastsds.world.pretrain", *(argv if argv is not None else sys.argv[1:])]),
             "commit": commit(),
@@ -283,6 +286,7 @@ def main(argv: list[str] | None = None):
     train("teacher", teacher / "unet", train_teacher)
     tokenizer = (teacher if (teacher / "tokenizer").exists() else shipped) / "tokenizer"
     train("student", output / "student", train_student, tokenizer, arguments.parsing)
+    train("vilt", output / "vilt", train_vilt, _optimizer, _step)
     scores = score_teacher(teacher, log) if "teacher" in stages else {}
     if stages:
         write_manifest(output, stages, scores)
