@@ -90,6 +90,8 @@ def test_sizes_are_fractions(file, tmp_path):
     assert {key: (r.data.fraction, r.loss.beta) for key, r in recipes.items()} == {
         (0.25, "plain"): (0.25, 0.0), (0.25, "weight"): (0.25, 1.0), (1.0, "plain"): (1.0, 0.0), (1.0, "weight"): (1.0, 1.0)
     }  # fmt: skip
+    assert recipes[1.0, "plain"].targets.path is None
+    assert recipes[1.0, "weight"].targets.path.startswith(str(tmp_path.resolve()))
     assert made.runs[Cell("vilt", 0.25, "plain", 0)].folder == tmp_path.resolve() / "vilt" / "seed_0" / "0.25" / "plain"
 
 
@@ -124,6 +126,17 @@ def test_recipes_are_of_one_kind(file, tmp_path):
             "pairs: [0.5]\nbackbones: {world: {}}\narms: {clip: {sets: {loss.lambda: 0}}}\nevaluation: {world_test: {}}"
         )
         files.load(tmp_path / "sds.yaml", tmp_path)
+
+
+def test_targets_are_shared_by_what_asks_the_same(tmp_path):
+    made = files.load(files.find("clip_td"), tmp_path)
+
+    def path(pairs, arm, seed):
+        return made.recipe("vilt", pairs, arm, seed).targets.path
+
+    assert path(1.0, "selection", 0) == path(1.0, "weight", 0) == path(1.0, "weight", 3) != path(1.0, "naive", 0)
+    assert path(0.01, "weight", 0) not in (path(0.01, "weight", 1), path(1.0, "weight", 0))  # other examples are drawn
+    assert path(1.0, "adaptation", 0) is None is path(1.0, "plain", 0)
 
 
 @pytest.mark.parametrize("name", ["clip_td", "demo_clip_td"])

@@ -105,7 +105,8 @@ class Experiment:
     def recipe(self, backbone: str, pairs: float | str, arm: str, seed: int = 0, student: Path | None = None) -> AnyRecipe:
         """What one run trains. student: where it starts, if something made that.
 
-        An arm whose gradient is amortised has the bank that all arms and seeds with its settings share, unless it names one.
+        An arm whose gradient is amortised has the bank that all arms and seeds with its settings share, unless it names one;
+        so have arms of CLIP-TD, which is not adapted, the targets.
         """
         said, base = self.said, self._base(self.said.arms[arm].recipe or self.said.recipe)
         size = "data.fraction" if isinstance(base, CLIPTDRecipe) else "data.samples"
@@ -116,6 +117,10 @@ class Experiment:
             self._over("seeds", {"seed": seed}), self._over("pretrain", {"student.model": str(student)} if student else {}),
         ]  # fmt: skip
         if isinstance(base, CLIPTDRecipe):
+            made = load_recipe(base, layers)
+            if made.loss.beta and made.targets.path is None and not made.adaptation.steps:  # an adapted CLIP is a run's own
+                folder = self.output / "targets" / digest(target_settings(made))
+                layers.append(self._over(f"arms.{arm}", {"targets.path": str(folder)}))
             return load_recipe(base, layers)
         made = load_recipe(base, layers, checked=False)
         if made.loss.gradient == "amortised" and made.bank.path is None:
@@ -312,6 +317,17 @@ def task_settings(recipe: CLIPTDRecipe) -> dict:
     data = as_dict(recipe)["data"]
     seed = recipe.seed if recipe.data.shift.share is not None else None
     return {key: data[key] for key in ("task", "folder", "options", "shift")} | {"seed": seed}
+
+
+def target_settings(recipe: CLIPTDRecipe) -> dict:
+    """All of a recipe that what CLIP says of its examples depends on: what shares them shares a folder of targets."""
+    whole = as_dict(recipe)
+    data, targets, drawn = whole["data"], whole["targets"], recipe.data.fraction < 1
+    return {
+        "student": whole["student"]["model"], "teacher": whole["teacher"], "task": task_settings(recipe),
+        "fraction": data["fraction"], "seed": recipe.seed if drawn else None,
+        **{key: targets[key] for key in ("select", "k", "mass")},
+    }  # fmt: skip
 
 
 def digest(values) -> str:
