@@ -3,9 +3,10 @@ then words that are masked, and texts that are matched with pictures.
 
     naming     which colours and shapes are there, binary cross-entropy; of ImageNet's labels in the paper
     masking    some words of a caption, or all its colours, all its shapes, its relation: cross-entropy of the words
-    matching   a caption, or another picture's: cross-entropy of two
+    matching   a caption, or another picture's, of those in the batch that are false the one with most words in common:
+               cross-entropy of two
 
-No label says which colour has which shape, and no caption is turned round: what the student knows of that it has from words.
+No label says which colour has which shape, and no caption is made up: what the student knows of that it has from captions.
 """
 
 import math
@@ -19,7 +20,7 @@ from fastsds.crossmodal.model import CrossModal
 from fastsds.world import models
 from fastsds.world.scenes import COLOURS, RELATIONS, SHAPES, WorldSource
 
-SETTINGS = {"steps": 4000, "batch": 64, "lr": 1e-3, "naming": 0.375, "matched": 16, "masked": 0.3}
+SETTINGS = {"steps": 3000, "batch": 64, "lr": 1e-3, "naming": 0.375, "matched": 32, "masked": 0.3}
 FIRST, FIRST_NAMED = 1 << 25, 1 << 26  # ids of its scenes: no other scene has them
 MASK = "\N{LATIN CAPITAL LETTER A WITH MACRON}"  # the byte 0, which no text has
 
@@ -43,7 +44,8 @@ def train_vilt(folder: Path, seed: int, log, steps: int, optimizer, step) -> Non
         samples = _load(source, FIRST + k * hp["batch"], hp["batch"])
         tokens = student.tokenize(samples.captions)
         hidden = _hidden(tokens, ids, special, hp["masked"], generator)
-        other = torch.cat([tokens.roll(1, 0)[:half], tokens[half:n]])  # other pictures' captions, and their own
+        wrong = _hardest(tokens[:, 1:], special, source.scenes(samples.rows).layout())
+        other = torch.cat([tokens[wrong[:half]], tokens[half:n]])
         pixels = torch.cat([samples.pixels, samples.pixels[:n]])
         out = student(pixels, torch.cat([tokens.masked_fill(hidden, mask), other]))
         found, said = words(out.text[: hp["batch"]][hidden]), tokens[hidden]
@@ -86,6 +88,17 @@ def _hidden(
     for number, of in enumerate(kinds):
         hidden |= torch.isin(tokens, of) & (how == number)
     return hidden
+
+
+def _hardest(tokens: torch.Tensor, special: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
+    """Of each picture, the caption of another that is false of it and shares most words with its own.
+
+    Shapes: tokens int64 [b, L], layout int64 [b, 5], what each picture shows -> int64 [b].
+    """
+    words = torch.zeros(len(tokens), int(tokens.max()) + 1)
+    words.scatter_add_(1, tokens.clamp(min=0), (CrossModal.mask(tokens) & ~torch.isin(tokens, special)).float())
+    shared = torch.minimum(words[:, None], words).sum(2)
+    return shared.masked_fill((layout[:, None] == layout).all(2), -1.0).argmax(1)
 
 
 def _kinds() -> tuple[list[str], ...]:
