@@ -16,7 +16,8 @@ from fastsds.config import CLIPTDRecipe, ConfigError, load_recipe
 from fastsds.progress import clock
 from fastsds.reproduce import experiment as files
 from fastsds.reproduce.command import write
-from fastsds.reproduce.experiment import Asked, Experiment
+from fastsds.reproduce.experiment import Experiment
+from fastsds.reproduce.file import ALL, START, Asked
 from fastsds.reproduce.runs import Cell, Plan, plan
 
 SUITE, HELD_OUT, BACKBONE = "world_test", "test", "world"
@@ -87,7 +88,7 @@ def write_all(made: Plan, argv: list[str], line: str) -> list[Path]:
 
 
 def cell(arm: str) -> Cell:
-    return Cell(BACKBONE, files.ALL, arm, 0)
+    return Cell(BACKBONE, ALL, arm, 0)
 
 
 def teacher(made: Plan) -> str:
@@ -105,7 +106,7 @@ def first_line(experiment: Experiment) -> str:
 def draw(path: Path, made: Plan) -> None:
     """The picture, from what the runs left: the first items of each kind, held out."""
     arms = {of.label: cell(arm) for arm, of in made.experiment.said.arms.items()}
-    starts = {files.START: cell(files.START)}
+    starts = {START: cell(START)}
     choices = {
         label: comparison.choices(made.evaluations[of, SUITE].folder, HELD_OUT) for label, of in (starts | arms).items()
     }

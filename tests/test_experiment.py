@@ -16,6 +16,8 @@ from fastsds.reproduce import command
 from fastsds.reproduce.experiment import SHIPPED, find, load, missing
 from fastsds.reproduce.runs import Cell, plan
 
+TASKS = ("clip_td", "clip_td_questions", "clip_td_choice", "demo_clip_td")
+
 
 @pytest.fixture
 def file(tmp_path):
@@ -33,7 +35,7 @@ def file(tmp_path):
     ("steps: 4", "steps: few", "sets: steps is the text 'few'; expected a whole number"),
     ("seeds: 2", "seeds: 0", "seeds is 0; expected at least 1"),
     ("seeds: 2", "seeds: two", "seeds is the text 'two'; expected a whole number"),
-    ("[16, all]", "[16, some]", "pairs is [16, \"some\"]; expected a list of which each is a whole number or all"),
+    ("[16, all]", "[16, some]", "pairs is [16, \"some\"]; expected a list of which each is a whole number or a number or all"),
     ("[16, all]", "[16, 16]", "pairs is [16, 16]; expected numbers of pairs, at least 1 and each once, or all"),
     ("[16, all]", "[]", "expected numbers of pairs"),
     ("world: {}", "world: 3", "backbones.world is a section with keys, not 3"),
@@ -115,13 +117,13 @@ def test_the_metrics_of_the_paper_are_its_suites(tmp_path):
 def test_shipped_files_are_found_by_name_wherever_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {path.stem for path in SHIPPED.glob("*.yaml")}
-    assert names == {"spine", "bank", "paper", "demo"}
+    assert names == {"spine", "bank", "paper", "demo", *TASKS}
     for name in names:
         for text in (name, f"{name}.yaml", f"configs/reproduce/{name}.yaml"):
             assert find(text) == SHIPPED / f"{name}.yaml"
     (tmp_path / "spine").write_text("")
     assert find("spine") == tmp_path / "spine"
-    with pytest.raises(ConfigError, match="spin: no such file; expected one, or the name of a shipped one: bank, demo, paper"):
+    with pytest.raises(ConfigError, match="spin: no such file; expected one, or the name of a shipped one: bank, clip_td, "):
         find("spin")
 
 
@@ -137,7 +139,7 @@ def test_the_file_of_the_documentation_is_one(root, tmp_path):
     assert not lost and missing(made.experiment)
 
 
-@pytest.mark.parametrize("name", ["spine", "bank", "demo"])
+@pytest.mark.parametrize("name", ["spine", "bank", "demo", *TASKS])
 def test_what_the_world_needs_is_all_there(name):
     assert missing(load(find(name))) == []
 

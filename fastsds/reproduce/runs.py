@@ -25,7 +25,8 @@ from fastsds.evaluation.results import RESULT, Result, load_result
 from fastsds.evaluation.suite import Suite
 from fastsds.evaluation.tasks import evaluate_task
 from fastsds.jobs import Job
-from fastsds.reproduce.experiment import ALL, START, Experiment, bank_settings, digest, task_settings, twin
+from fastsds.reproduce.experiment import Experiment, bank_settings, digest, task_settings
+from fastsds.reproduce.file import ALL, START, twin
 from fastsds.student import load_student
 
 RECIPE = "recipe.yaml"

@@ -18,7 +18,8 @@ from fastsds.evaluation.statistics import holm, two_level_bootstrap
 from fastsds.evaluation.winoground import CHANCE
 from fastsds.progress import watched
 from fastsds.report import SPLIT_NAMES, Key, Table, claims_table, intervals_table, means, scores_table
-from fastsds.reproduce.experiment import ALL, START, readings
+from fastsds.reproduce.experiment import readings
+from fastsds.reproduce.file import ALL, START
 from fastsds.reproduce.runs import Cell, Plan
 
 
