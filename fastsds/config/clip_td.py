@@ -28,8 +28,8 @@ class ClipConfig:
 @dataclass(frozen=True)
 class AdaptationConfig:
     steps: int = 0                      # contrastive steps of the teacher on the task's training pairs; 0: none
-    batch: int = 64                     # over all ranks
-    lr: float = 1e-4
+    batch: int = 32                     # over all ranks
+    lr: float = 1e-3
     warmup: int = 10
     tune: Literal["layernorm", "all"] | tuple[str, ...] = "all"
 
@@ -84,7 +84,7 @@ class CLIPTDRecipe:
     recipe: Literal["clip_td"] = "clip_td"
     seed: int = 0
     output: str = "runs/clip_td_world"
-    steps: int = 600
+    steps: int = 400
     precision: Literal["fp32", "bf16"] = "fp32"
     student: StudentConfig = field(default_factory=lambda: StudentConfig(lora=LoRAConfig(targets=("*attention*weight",))))
     teacher: ClipConfig = field(default_factory=ClipConfig)

@@ -22,7 +22,7 @@ from fastsds.ops import Noise, Purpose, draw
 from fastsds.world import scenes as world
 from fastsds.world.scenes import CONTENTS, RELATIONS, SHAPES, TEMPLATES, Scenes, contents, draw_scenes, render, resize
 
-SIZES = {"train": 20_000, "dev": 1000, "test": 2000, "dev_shift": 1000, "shift": 2000}
+SIZES = {"train": 10_000, "dev": 1000, "test": 2000, "dev_shift": 1000, "shift": 2000}
 POOLS = {"train": "train", "dev": "train", "test": "train", "dev_shift": "dev", "shift": "test"}
 NAMES = ("world_entailment", "world_questions", "world_choice")
 COLOURS = tuple(world.COLOURS)
