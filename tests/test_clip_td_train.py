@@ -11,6 +11,7 @@ import torch
 
 from fastsds.config import CLIPTDRecipe, as_dict, load_recipe
 from fastsds.crossmodal import load_crossmodal, read_crossmodal
+from fastsds.evaluation.tasks import evaluate_task
 from fastsds.student import load_student
 from fastsds.training import prepare
 from fastsds.training.clip_td import CLIPTDTraining
@@ -31,7 +32,7 @@ eval: {splits: [], every: 0}
 """
 ADAPTED = ("adaptation.steps=4",)
 VARIANTS = {
-    "base": (),
+    "base": ("eval.splits=[dev, shift]", "eval.every=4"),
     "choice": ("data.task=world_choice", "targets.select=all", "targets.k=null", "loss.weight=teacher"),
     "pooled": ("targets.select=pooled", "targets.k=null", "loss.distance=cosine"),
     "questions": ("data.task=world_questions", "targets.k=null", "targets.mass=0.4", "loss.distance=l2", "student.tune=lora"),
@@ -72,9 +73,10 @@ def tight(tmp_path_factory):
 def two(base, plain, tight, tmp_path_factory):
     """Two ranks, half the micro-batch each: everything in one launch."""
     folder = tmp_path_factory.mktemp("two")
-    plan = {f"base at {n}": [*base, "--config", f"configs/zero{n}.json"] for n in (0, 1, 2)}
+    first = [*base, *runs.sets(*VARIANTS["base"])]
+    plan = {f"base at {n}": [*first, "--config", f"configs/zero{n}.json"] for n in (0, 1, 2)}
     plan |= {f"{name} at 3": [*base, "--config", tight, *runs.sets(*sets)] for name, sets in VARIANTS.items()}
-    plan["base resumed"] = [*base, "--config", "configs/zero2.json", "--resume", runs.at(plain["base"], 4)]
+    plan["base resumed"] = [*first, "--config", "configs/zero2.json", "--resume", runs.at(plain["base"], 4)]
     return runs.launch(2, plan, folder)
 
 
@@ -107,6 +109,8 @@ def test_two_ranks_are_one(plain, two):
         expected = runs.losses(plain[variant])[4 if how == "resumed" else 0 :]
         assert runs.relative(runs.losses(output), expected) < EQUAL, name
         same(read_crossmodal(output / "student"), read_crossmodal(plain[variant] / "student"))
+        for step in {"base": (0, 4, 8)}.get(variant, ())[2 if how == "resumed" else 0 :]:
+            assert runs.evaluation(output, step).rows == runs.evaluation(plain["base"], step).rows, (name, step)
     clips = [load_student(of / "adaptation" / "student").state_dict() for of in (two["adapted at 3"], plain["adapted"])]
     same(*clips)
     for shard in sorted((plain["base"] / "targets").glob("shard*")):
@@ -161,6 +165,15 @@ def test_the_student_leaves_with_its_projections(plain):
     student = load_crossmodal(plain["base"] / "student").eval()  # costs nothing more at inference
     out = student(tiny.pixels(2, 32), student.tokenize(["a red ring is left", "a cross"]))
     assert out._fields == ("text", "visual", "pooled", "logits") and not hasattr(student, "projections")
+
+
+def test_evaluation_during_training_is_evaluation_of_the_saved_student(base, plain):
+    task = prepare(load_recipe(base[1]), torch.device("cpu"), 0, 1, dry=True).task
+    student = load_crossmodal(plain["base"] / "student").eval()
+    found, kept = evaluate_task(student, task, ("dev", "shift")), runs.evaluation(plain["base"], 8)
+    assert found.rows == kept.rows and found.metrics == kept.metrics
+    (row,) = [row for row in runs.rows(plain["base"], "eval") if row["step"] == 8]
+    assert row["dev/accuracy"] == kept.metrics["dev/accuracy"] and row["suite"] == "world_entailment"
 
 
 def test_batches_are_the_examples_own(base):

@@ -181,3 +181,17 @@ def test_the_tasks_recipes_say_what_they_are(name, tmp_path):
     assert len(arms) >= 3
     for sets in arms:
         check(load_recipe(CONFIGS / f"{name}.yaml", [*shlex.split(sets)[1::2], f"data.folder={tmp_path}"]), 4)
+
+
+def test_the_arms_of_the_comments_are_those_of_the_experiment(tmp_path):
+    from fastsds.reproduce.experiment import find
+    from fastsds.reproduce.experiment import load as load_experiment
+
+    said = re.findall(r"^# (?:Arms: |      )(?:\+ )?(\w+) +(--set .+|this recipe)$", text("clip_td_world"), re.MULTILINE)
+    made = load_experiment(find("clip_td"), tmp_path)
+    assert [name for name, _ in said] == list(made.said.arms)
+    for name, words in said:
+        sets = shlex.split(words)[1::2] if words.startswith("--set") else []
+        ours = flat(load_recipe(CONFIGS / "clip_td_world.yaml", sets))
+        theirs = flat(made.recipe("vilt", 1.0, name))
+        assert {key for key in ours if ours[key] != theirs[key]} <= {"targets.path"}, name
