@@ -12,7 +12,10 @@ import numpy as np
 from fastsds.evaluation.winoground import CHANCE
 from fastsds.history import Run
 
-KEYS = ("loss", "clip", "sds", "rho", "cosine", "grad_norm", "lr", "images_per_s")
+KEYS = (
+    "loss", "clip", "sds", "rho", "cosine", "task", "text", "visual", "p_student", "p_teacher", "weight", "grad_norm", "lr",
+    "images_per_s",
+)  # fmt: skip
 WIDE = ("rho", "grad_norm")  # over orders of magnitude
 COLUMNS = 4
 RESAMPLES = 2000  # of an interval that is drawn

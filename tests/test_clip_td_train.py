@@ -249,6 +249,8 @@ def test_other_commands_name_the_kind(base, plain, tmp_path, capsys):
         assert "recipe is clip_td; expected sds_clip: this command knows no other" in capsys.readouterr().err
     assert cli.main(["export", str(plain["base"]), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
     assert "a cross-modal student, which transformers loads as it is" in capsys.readouterr().err
+    assert cli.main(["report", str(plain["base"]), "--out", str(tmp_path / "report")]) == 0
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"curves.png", "evaluations.png"}
 
 
 def test_the_recipe_is_written_whole(plain):
