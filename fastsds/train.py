@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if before and not args.dry_run and not (resume and (before_of(output) / "student").is_dir()):
         first, prepared = before
         config.check(first, world_size, sharded)
+        prepare(recipe, torch.device("cpu"), rank, world_size, dry=True)  # its own mistakes are said before
         made = checkpoint.steps(before_of(output))
         last = checkpoint.path_of(before_of(output), made[-1]) if made else None
         if code := train(first, prepared(first, place, rank, world_size), sharded, args, last):

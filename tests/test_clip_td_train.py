@@ -220,6 +220,13 @@ def test_one_error_names_the_row_or_the_key(base, sets, says, tmp_path, capfd):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_mistake_is_said_before_the_adaptation(base, plain, tmp_path, capfd):
+    assert runs.train(*base, *runs.sets(*ADAPTED, "eval.splits=[nothing]"), "--output", tmp_path / "run") == 2
+    assert "eval.splits: 'nothing', expected some of" in capfd.readouterr().err and not (tmp_path / "run").exists()
+    again = [*base, *runs.sets(*ADAPTED), "--output", plain["adapted"]]  # whose targets are the adapted CLIP's
+    assert runs.train(*again, "--dry-run", "--resume", "latest") == 0
+
+
 def test_a_clip_without_words_in_the_joint_space_cannot_teach(base, tmp_path, capfd):
     tiny.save_student(tmp_path / "resnet", resnet=True)
     sets = runs.sets(f"teacher.model={tmp_path / 'resnet'}")

@@ -79,6 +79,8 @@ class CLIPTDTraining(Training):
             before = {name for name, _ in self.student.named_parameters()}
             add_projections(self.student, teacher.width, targets.select == "pooled", recipe.seed)
             self.trained += [name for name, _ in self.student.named_parameters() if name not in before]
+            if dry and recipe.adaptation.steps:  # another CLIP will be asked
+                return
             folder = Path(targets.path) if targets.path else Path(recipe.output) / "targets"
             self.cache = TargetCache(folder, self.task, self.examples, teacher, self.student, selection)
 
