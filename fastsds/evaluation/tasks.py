@@ -71,19 +71,24 @@ def _predict(model, task: Task, examples: list[Example], batch: int, workers: in
     device, source = next(student.parameters()).device, task.source(examples, workers)
     starts, found = list(range(0, len(examples), batch)), {}
 
-    def answer(first: int) -> list[int]:
+    def read(first: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.arange(first, min(first + batch, len(examples)))
         samples = source.load(ids, torch.zeros_like(ids), student.image_size)
         for row, why in samples.damaged.items():
             raise ConfigError(f"task {task.name}, {split}: {examples[first + row].id}: {why}")
         texts = [reads(examples[k]) for k in ids.tolist()]
         tokens = student.tokenize(texts if examples[first].choices else [text for (text,) in texts])
-        return model(samples.pixels.to(device), tokens.to(device)).logits.argmax(1).tolist()
+        return samples.pixels.to(device), tokens.to(device)
+
+    def answer(pixels: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+        return model(pixels, tokens).logits.argmax(1).tolist()
 
     rounds = [starts[k : k + ranks.world] for k in range(0, len(starts), ranks.world)]
     for mine in watched(rounds, f"{task.name}, {split}"):
         own = mine[ranks.rank] if ranks.rank < len(mine) else mine[0]
-        found.update(zip(mine, ranks.agreed(lambda own=own: answer(own)), strict=False))
+        held = []
+        ranks.agreed(lambda own=own, held=held: held.extend(read(own)))  # before any asks: a sharded model waits for all ranks
+        found.update(zip(mine, ranks.agreed(lambda held=held: answer(*held)), strict=False))
     return [p for first in starts for p in found[first]]
 
 
