@@ -26,13 +26,13 @@ def evaluate_task(
     """Predict the answers of some splits, and count them. Every rank calls it, and gets the result.
 
     The prediction is the class, or choice, of the highest logit, the first of equal ones.
-    Args: model: a `CrossModal` in eval mode, or an engine over one. examples: the first units of each split alone. workers:
-        threads that decode.
+    Args: model: a `CrossModal` in eval mode, or an engine over one. splits: one named twice is asked once. examples: the first
+        units of each split alone. workers: threads that decode.
     Raises: ConfigError for a split that the task has not, or an image that cannot be read, with the example's id.
     """
     if unknown := [split for split in splits if split not in task.splits]:
         raise ConfigError(f"task {task.name}: split {unknown[0]!r}, expected some of {', '.join(task.splits)}")
-    ranks, parts, rows = Ranks(), {}, []
+    splits, ranks, parts, rows = list(dict.fromkeys(splits)), Ranks(), {}, []
     for split in splits:
         asked = first_units(task, split, examples)
         predicted = _predict(model, task, asked, batch, workers, ranks, split)
@@ -45,7 +45,7 @@ def evaluate_task(
             {**row, "about": {**row["about"], "split": split}, "predicted": said[row["id"]]} for row in of.rows()
         ]
     measures, headline = _measures(task, parts)
-    settings = {"splits": list(splits), "examples": examples, "classes": list(task.classes)}
+    settings = {"splits": splits, "examples": examples, "classes": list(task.classes)}
     about = {"suite": task.name, "fingerprint": _fingerprint(task, splits), "scorer": {"name": "student", "settings": settings}}
     return Result(task.name, rows, measures, tuple(headline), {**about, "notes": task.notes})
 
