@@ -28,7 +28,8 @@ def evaluate_task(
     The prediction is the class, or choice, of the highest logit, the first of equal ones.
     Args: model: a `CrossModal` in eval mode, or an engine over one. splits: one named twice is asked once. examples: the first
         units of each split alone. workers: threads that decode.
-    Raises: ConfigError for a split that the task has not, or an image that cannot be read, with the example's id.
+    Raises: ConfigError for a split that the task has not, or an image that cannot be read or logits that are not finite, with
+        the example's id.
     """
     if unknown := [split for split in splits if split not in task.splits]:
         raise ConfigError(f"task {task.name}: split {unknown[0]!r}, expected some of {', '.join(task.splits)}")
@@ -80,15 +81,18 @@ def _predict(model, task: Task, examples: list[Example], batch: int, workers: in
         tokens = student.tokenize(texts if examples[first].choices else [text for (text,) in texts])
         return samples.pixels.to(device), tokens.to(device)
 
-    def answer(pixels: torch.Tensor, tokens: torch.Tensor) -> list[int]:
-        return model(pixels, tokens).logits.argmax(1).tolist()
+    def answer(first: int, pixels: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+        logits = model(pixels, tokens).logits
+        for row in (~logits.isfinite().all(1)).nonzero()[:1].flatten().tolist():  # argmax would call NaN the highest
+            raise ConfigError(f"task {task.name}, {split}: {examples[first + row].id}: the student's logits are not finite")
+        return logits.argmax(1).tolist()
 
     rounds = [starts[k : k + ranks.world] for k in range(0, len(starts), ranks.world)]
     for mine in watched(rounds, f"{task.name}, {split}"):
         own = mine[ranks.rank] if ranks.rank < len(mine) else mine[0]
         held = []
         ranks.agreed(lambda own=own, held=held: held.extend(read(own)))  # before any asks: a sharded model waits for all ranks
-        found.update(zip(mine, ranks.agreed(lambda held=held: answer(*held)), strict=False))
+        found.update(zip(mine, ranks.agreed(lambda own=own, held=held: answer(own, *held)), strict=False))
     return [p for first in starts for p in found[first]]
 
 
