@@ -47,7 +47,7 @@ def evaluate_task(
         ]
     measures, headline = _measures(task, parts)
     settings = {"splits": splits, "examples": examples, "classes": list(task.classes)}
-    about = {"suite": task.name, "fingerprint": _fingerprint(task, splits), "scorer": {"name": "student", "settings": settings}}
+    about = {"suite": task.name, "fingerprint": fingerprint(task, splits), "scorer": {"name": "student", "settings": settings}}
     return Result(task.name, rows, measures, tuple(headline), {**about, "notes": task.notes})
 
 
@@ -114,7 +114,8 @@ def _measures(task: Task, parts: dict) -> tuple[dict[str, Metric], list[str]]:
     return measures, headline
 
 
-def _fingerprint(task: Task, splits: Sequence[str]) -> str:
+def fingerprint(task: Task, splits: Sequence[str]) -> str:
+    """128 bits of what some splits ask: examples, classes, answers; not of their images."""
     found = hashlib.blake2b(repr((task.name, task.classes)).encode(), digest_size=16)
     for split in splits:
         for e in task.splits[split]:
