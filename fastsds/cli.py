@@ -10,7 +10,7 @@ COMMANDS = {
     "check-teacher": ("fastsds.check_teacher", "does the teacher read captions, at which noise: go or no-go before training"),
     "demo": ("fastsds.demo", "train the embedded world with and without the teacher, and compare the two"),
     "doctor": ("fastsds.doctor", "what of this machine works, and a line to run for each thing that does not"),
-    "eval": ("fastsds.evaluation.command", "one model, or two, on standard suites: values with errors, paired differences"),
+    "eval": ("fastsds.evaluation.command", "one model, or two, on suites or a task: values with errors, paired differences"),
     "export": ("fastsds.export", "a trained student as an open_clip or transformers folder, checked, with a model card"),
     "plan": ("fastsds.plan.command", "what a recipe needs: bytes of a rank, FLOP, images/s, the bank, the largest batch"),
     "report": ("fastsds.report", "draw runs: curves, residual by noise band, evaluations with intervals"),

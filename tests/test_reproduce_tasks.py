@@ -78,6 +78,9 @@ def test_the_whole_of_it(file, tmp_path, capsys):
     for line in found["lines"]:
         kept = load_result(out / "vilt" / "seed_0" / str(line["pairs"]) / line["arm"] / "evaluation" / "world_entailment")
         assert kept.metrics == line["seeds"][0]["metrics"]["world_entailment"] and len(kept.rows) == 50
+    whole = {line["label"]: line["seeds"][0]["seconds_in_all"] for line in found["lines"] if line["pairs"] == 1.0}
+    (note,) = (note for note in found["notes"] if note.startswith("Of whole runs"))
+    assert all(f"100 % {label} {seconds:.0f}" in note for label, seconds in whole.items())
     assert (out / "sample_efficiency.png").is_file()
     assert command.main([str(path), "--output", str(out)]) == 0  # all there
     assert "finished before" in (again := capsys.readouterr().out) and again.count("finished before") == 8

@@ -1,7 +1,8 @@
-"""`fastsds eval`: a model, or two, on standard suites: values with their errors, and paired differences.
+"""`fastsds eval`: a model, or two, on standard suites, or on a task: values with their errors, and paired differences.
 
     fastsds eval --model ViT-B-32-quickgelu:openai --suite winoground=data/winoground --suite sugarcrepe=data/sugarcrepe
     fastsds eval --model runs/mine --baseline ViT-B-32-quickgelu:openai --suite winoground,sugarcrepe --data data
+    fastsds eval --model runs/td --task snli_ve=data/snli_ve --split test
     fastsds eval --compare evaluations/runs_mine evaluations/ViT-B-32-quickgelu_openai
     fastsds eval --list
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError
-from fastsds.evaluation import named
+from fastsds.evaluation import named, task_command
 from fastsds.evaluation.compare import compare
 from fastsds.evaluation.results import RESULT, Result, load_result
 from fastsds.evaluation.run import evaluate
@@ -36,7 +37,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--baseline", metavar="M", help="another model: the table then has paired differences, model - baseline")
     add("--suite", action="append", default=[], metavar="NAME[=PATH]", help="may be repeated; or NAME,NAME,... with --data")
     add("--data", type=Path, metavar="PATH", help="where suites without a PATH lie: PATH/NAME if that is there, else PATH")
-    add("--option", action="append", default=[], metavar="[SUITE.]NAME=VALUE", help="an option of the suites that have it")
+    add("--task", metavar="NAME[=PATH]", help="in place of suites: a task, of a cross-modal student's folder (docs/tasks.md)")
+    add("--split", action="append", default=[], metavar="NAME", help="of the task; may be repeated")
+    add("--option", action="append", default=[], metavar="[SUITE.]NAME=VALUE", help="of the suites that have it, or the task")
     add("--scorer", default="clip", metavar="S", help="clip (default); diffusion, a teacher; or MODULE:NAME of your own")
     add("--precision", choices=tuple(named.AUTOCAST), default="fp32", help="in which models compute (default fp32)")
     add("--batch", type=int, metavar="N", help="images, or captions, at a time; of diffusion, pairs")
@@ -67,6 +70,10 @@ def check(asked: argparse.Namespace) -> None:
     for name in OF_DIFFUSION:
         if not diffusion and getattr(asked, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: of --scorer diffusion alone")
+    if asked.task is not None:
+        return task_command.check(asked)
+    if asked.split:
+        raise ConfigError("--split: of --task alone")
     if diffusion and asked.teacher is None:
         raise ConfigError("--scorer diffusion: expected --teacher, the diffusion model that scores")
     if diffusion and asked.model is not None:
@@ -114,6 +121,8 @@ def evaluated(asked: argparse.Namespace) -> list[Shown]:
     """Evaluate what was asked for, one model after the other. Every rank calls it."""
     from fastsds.engine import device
 
+    if asked.task is not None:
+        return task_command.evaluated(asked, device())
     suites, place = load_suites(asked), device()
     models = [asked.model, *([asked.baseline] if asked.baseline is not None else [])]
     found: list[list[Result]] = []
@@ -121,7 +130,7 @@ def evaluated(asked: argparse.Namespace) -> list[Shown]:
         scorer = named.scorer(asked, model, place)
         found.append([])
         for suite in suites:
-            folder = asked.output / named.folder(scorer) / suite.name
+            folder = asked.output / named.folder(str(scorer.name)) / suite.name
             if hasattr(scorer, "forecast") and _first() and not (folder / RESULT).is_file():
                 print(scorer.forecast(suite), file=sys.stderr, flush=True)
             found[-1].append(evaluate(suite, scorer, folder))
@@ -166,7 +175,7 @@ def main(argv: list[str]) -> int:
     if asked.list:
         print(listed())
         return 0
-    if asked.compare and asked.format == "clip_benchmark":
+    if (asked.compare or asked.task is not None) and asked.format == "clip_benchmark":
         raise ConfigError("--format clip_benchmark: its shape takes the suite's data; expected --suite, or table or json")
     if not asked.compare:
         check(asked)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError, Recipe
+from fastsds.crossmodal import CrossModal, load_crossmodal
 from fastsds.evaluation.diffusion_score import DiffusionScorer
 from fastsds.evaluation.scorer import BATCH, WORKERS, ClipScorer
 from fastsds.hub import HUB
@@ -27,8 +28,7 @@ def scorer(asked: Namespace, model: str | None, device: torch.device):
     if ":" in asked.scorer:
         return own(asked.scorer, model)
     batch, workers = asked.batch or BATCH, WORKERS if asked.workers is None else asked.workers
-    name = os.path.normpath(model) if Path(model).is_dir() else model
-    return ClipScorer(student(model, device), name, AUTOCAST[asked.precision], batch, workers)
+    return ClipScorer(student(model, device), called(model), AUTOCAST[asked.precision], batch, workers)
 
 
 def student(text: str, device: torch.device) -> Student:
@@ -48,6 +48,16 @@ def student(text: str, device: torch.device) -> Student:
         if not pretrained or name not in _listed():
             raise ConfigError(f"expected {WANTED}")
         return load_student(name, str(Path(pretrained).expanduser()), device=device).eval()
+    except ConfigError as error:
+        raise ConfigError(f"model {text}: {error}") from error
+
+
+def crossmodal(text: str, device: torch.device) -> CrossModal:
+    """Load the cross-modal student of a folder. Raises: ConfigError that begins with its name."""
+    from fastsds.export.origin import find
+
+    try:
+        return load_crossmodal(find(Path(text).expanduser()).student, device=device).eval()
     except ConfigError as error:
         raise ConfigError(f"model {text}: {error}") from error
 
@@ -88,9 +98,14 @@ def own(text: str, model: str | None):
     return found
 
 
-def folder(scorer) -> str:
-    """The name of a scorer as a folder's."""
-    return re.sub(r"[^\w.+-]+", "_", str(scorer.name)).strip("_.") or "model"
+def called(model: str) -> str:
+    """What results call a model: a folder by its shortest path."""
+    return os.path.normpath(model) if Path(model).is_dir() else model
+
+
+def folder(name: str) -> str:
+    """A scorer's or student's name as a folder's."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_.") or "model"
 
 
 def _listed() -> list[str]:

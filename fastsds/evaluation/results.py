@@ -135,7 +135,7 @@ class Growing:
         if known is None and (folder / ITEMS).exists():
             raise ConfigError(f"{folder}: {ITEMS} in it is of no known evaluation; name another folder")
         if known is not None:
-            _same(known, about)
+            check_same(known, about)
             self.rows = _whole_lines(folder / ITEMS)
             self.finished = known.name == RESULT and len(self.rows) == size
             self.kept = {path.stem: np.load(path) for path in sorted((folder / WORK).glob("*.npy"))}
@@ -170,7 +170,8 @@ class Growing:
             shutil.rmtree(self.folder / WORK, ignore_errors=True)
 
 
-def _same(file: Path, wanted: dict[str, Any]) -> None:
+def check_same(file: Path, wanted: dict[str, Any]) -> None:
+    """Raise a ConfigError unless a kept evaluation is of what is wanted: suite, fingerprint, scorer."""
     found = _read(file, file.read_bytes())
     for key, value in wanted.items():
         if found.get(key) != value:

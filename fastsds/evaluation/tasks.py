@@ -26,13 +26,14 @@ def evaluate_task(
     """Predict the answers of some splits, and count them. Every rank calls it, and gets the result.
 
     The prediction is the class, or choice, of the highest logit, the first of equal ones.
-    Args: model: a `CrossModal` in eval mode, or an engine over one. examples: the first units of each split alone. workers:
-        threads that decode.
-    Raises: ConfigError for a split that the task has not, or an image that cannot be read, with the example's id.
+    Args: model: a `CrossModal` in eval mode, or an engine over one. splits: one named twice is asked once. examples: the first
+        units of each split alone. workers: threads that decode.
+    Raises: ConfigError for a split that the task has not, or an image that cannot be read or logits that are not finite, with
+        the example's id.
     """
     if unknown := [split for split in splits if split not in task.splits]:
         raise ConfigError(f"task {task.name}: split {unknown[0]!r}, expected some of {', '.join(task.splits)}")
-    ranks, parts, rows = Ranks(), {}, []
+    splits, ranks, parts, rows = list(dict.fromkeys(splits)), Ranks(), {}, []
     for split in splits:
         asked = first_units(task, split, examples)
         predicted = _predict(model, task, asked, batch, workers, ranks, split)
@@ -45,8 +46,8 @@ def evaluate_task(
             {**row, "about": {**row["about"], "split": split}, "predicted": said[row["id"]]} for row in of.rows()
         ]
     measures, headline = _measures(task, parts)
-    settings = {"splits": list(splits), "examples": examples, "classes": list(task.classes)}
-    about = {"suite": task.name, "fingerprint": _fingerprint(task, splits), "scorer": {"name": "student", "settings": settings}}
+    settings = {"splits": splits, "examples": examples, "classes": list(task.classes)}
+    about = {"suite": task.name, "fingerprint": fingerprint(task, splits), "scorer": {"name": "student", "settings": settings}}
     return Result(task.name, rows, measures, tuple(headline), {**about, "notes": task.notes})
 
 
@@ -71,19 +72,27 @@ def _predict(model, task: Task, examples: list[Example], batch: int, workers: in
     device, source = next(student.parameters()).device, task.source(examples, workers)
     starts, found = list(range(0, len(examples), batch)), {}
 
-    def answer(first: int) -> list[int]:
+    def read(first: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.arange(first, min(first + batch, len(examples)))
         samples = source.load(ids, torch.zeros_like(ids), student.image_size)
         for row, why in samples.damaged.items():
             raise ConfigError(f"task {task.name}, {split}: {examples[first + row].id}: {why}")
         texts = [reads(examples[k]) for k in ids.tolist()]
         tokens = student.tokenize(texts if examples[first].choices else [text for (text,) in texts])
-        return model(samples.pixels.to(device), tokens.to(device)).logits.argmax(1).tolist()
+        return samples.pixels.to(device), tokens.to(device)
+
+    def answer(first: int, pixels: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+        logits = model(pixels, tokens).logits
+        for row in (~logits.isfinite().all(1)).nonzero()[:1].flatten().tolist():  # argmax would call NaN the highest
+            raise ConfigError(f"task {task.name}, {split}: {examples[first + row].id}: the student's logits are not finite")
+        return logits.argmax(1).tolist()
 
     rounds = [starts[k : k + ranks.world] for k in range(0, len(starts), ranks.world)]
     for mine in watched(rounds, f"{task.name}, {split}"):
         own = mine[ranks.rank] if ranks.rank < len(mine) else mine[0]
-        found.update(zip(mine, ranks.agreed(lambda own=own: answer(own)), strict=False))
+        held = []
+        ranks.agreed(lambda own=own, held=held: held.extend(read(own)))  # before any asks: a sharded model waits for all ranks
+        found.update(zip(mine, ranks.agreed(lambda own=own, held=held: answer(own, *held)), strict=False))
     return [p for first in starts for p in found[first]]
 
 
@@ -105,7 +114,8 @@ def _measures(task: Task, parts: dict) -> tuple[dict[str, Metric], list[str]]:
     return measures, headline
 
 
-def _fingerprint(task: Task, splits: Sequence[str]) -> str:
+def fingerprint(task: Task, splits: Sequence[str]) -> str:
+    """128 bits of what some splits ask: examples, classes, answers; not of their images."""
     found = hashlib.blake2b(repr((task.name, task.classes)).encode(), digest_size=16)
     for split in splits:
         for e in task.splits[split]:

@@ -190,6 +190,13 @@ class Findings:
         trained = [line for line in self.lines if line.arm in said.arms]
         times = "; ".join(f"{self.whole(line)} {np.mean(self.seconds(line)):.0f}" for line in trained)
         found.append(f"Seconds of training, mean: {times}.")
+        if self.plan.experiment.trains_tasks:
+            runs = {line: [self.plan.runs[cell].results["seconds_in_all"] for cell in self.cells[line]] for line in trained}
+            times = "; ".join(f"{self.whole(line)} {np.mean(of):.0f}" for line, of in runs.items())
+            found.append(
+                "Of whole runs, with their start, what CLIP is asked (targets that runs share: by the first of them) and its "
+                f"adaptation: {times}."
+            )
         if banks := self.plan.banks:
             times = ", ".join(f"{job.name} {job.results['seconds_in_all']:.0f}" for job in banks)
             found.append(f"Before that, once for all seeds, seconds to build, its start included: {times}.")
