@@ -63,6 +63,7 @@ class Job:
     process: subprocess.Popen | None = None
     measuring: Future | None = None
     began: float = 0.0
+    spent: float = 0.0  # seconds of the command
 
     @cached_property
     def argv(self) -> list[str] | None:
@@ -184,11 +185,11 @@ def run(
 def _advance(job: Job, worker: ThreadPoolExecutor) -> None:
     """Take a running job as far as it is. Raises: Failed."""
     if job.process is not None and job.process.poll() is not None:
-        code, job.process, job.place = job.process.returncode, None, None
+        code, job.process, job.place, job.spent = job.process.returncode, None, None, time.monotonic() - job.began
         if code:
             raise Failed(f"{job.name} ended with exit code {code}. The end of {job.log}:\n{tail(job.log, TAIL)}", code)
     if job.process is None and job.measuring is None:
-        job.measuring = worker.submit(job.measure)
+        job.measuring = worker.submit(_timed, job.measure)
     if job.measuring is not None and job.measuring.done():
         try:
             job.results = _finish(job)
@@ -279,8 +280,15 @@ def _object(path: Path) -> dict | None:
         return None
 
 
+def _timed(measure: Callable[[], dict]) -> tuple[dict, float]:
+    began = time.monotonic()
+    return measure(), time.monotonic() - began
+
+
 def _finish(job: Job) -> dict:
-    results = {"seconds_in_all": round(time.monotonic() - job.began, 1), **job.measuring.result()}
+    """Keep what a job gave, and the seconds of its command and its measuring, without its wait for others'."""
+    measured, seconds = job.measuring.result()
+    results = {"seconds_in_all": round(job.spent + seconds, 1), **measured}
     partial = job.folder / "done.json.partial"
     partial.write_text(json.dumps({"key": job.fingerprint(), **results}, indent=1) + "\n", encoding="utf-8")
     partial.replace(job.folder / "done.json")

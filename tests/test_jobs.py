@@ -284,3 +284,17 @@ def test_what_a_full_disk_cut_starts_anew(tmp_path):
     made = Job("a", tmp_path / "a", lambda: [sys.executable, "-c", ""], go_on=lambda: ["--on"])
     jobs.run([made])
     assert made.results is not None and json.loads((tmp_path / "a" / "job.json").read_text())["name"] == "a"
+
+
+def test_seconds_are_a_job_s_own_not_its_wait(tmp_path):
+    """Measuring is done one after the other: the last one waits for the first two."""
+
+    def slow() -> dict:
+        time.sleep(0.6)
+        return {}
+
+    made = [jobs.Job(name, tmp_path / name, lambda: None, slow) for name in ("a", "b", "c")]
+    began = time.monotonic()
+    jobs.run(made)
+    assert time.monotonic() - began >= 1.8
+    assert all(0.6 <= job.results["seconds_in_all"] < 1.2 for job in made)
