@@ -119,6 +119,16 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(models, tasks, tmp_p
     assert len(calls) == made  # nothing was missing
 
 
+@pytest.mark.parametrize("name", WORLD)
+def test_the_bytes_do_not_depend_on_who_fills_which_shard(models, tasks, name, tmp_path):
+    """A second process begins with the second shard: other texts were encoded before, in other batches."""
+    teacher, student, _ = models
+    made = [TargetCache(tmp_path / n, tasks[name], tasks[name].splits["train"], teacher, student, CHOICES["k"]) for n in "ab"]
+    made[0].build(0, 0, 2)
+    made[1].build(0, 1, 2)
+    assert len(tree(tmp_path / "a")) > 1 and tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
 TWO = """
 import sys
 from pathlib import Path

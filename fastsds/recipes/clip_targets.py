@@ -116,6 +116,8 @@ class TargetCache:
 
     def _ask(self, source: Source, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of the cache. Shapes: int64 [n]."""
+        if int(rows[0]) % self.size == 0:  # the same bits whoever fills a shard, and whatever came before it: a text's features
+            self._texts.clear()  # depend on the batch that it is encoded in, in the last ones
         examples = [self.examples[row] for row in rows.tolist()]
         samples = source.load_rows(rows, self.teacher.image_size)
         texts = [clip_td.reads(e)[e.target if e.choices else 0] for e in examples]
@@ -145,7 +147,7 @@ class TargetCache:
         prompts, image = [self.task.prompts(e) for e in examples], F.normalize(image, dim=-1)
         if all(of is prompts[0] for of in prompts):  # the same for all, and perhaps for the next ones
             if self._shared[0] is not prompts[0]:
-                self._shared = prompts[0], self._encoded(prompts[0])
+                self._shared = prompts[0], self.teacher.encode_texts(list(prompts[0]))
             logits = self.teacher.scale * image @ self._shared[1].T
         else:
             features = self._encoded([text for of in prompts for text in of]).unflatten(0, (len(prompts), -1))
@@ -153,7 +155,7 @@ class TargetCache:
         return clip_td.answer_probability(logits, clip_td.labels_of(examples, logits.shape[1]).to(logits.device)).float()
 
     def _encoded(self, texts: Sequence[str]) -> torch.Tensor:
-        """CLIP's text features, each text's made once: tasks ask of the same ones again and again. Shapes: [n, d]."""
+        """CLIP's text features, in a shard each text's made once: tasks ask of the same ones again. Shapes: [n, d]."""
         if len(self._texts) > TEXTS:
             self._texts.clear()
         if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
