@@ -33,7 +33,6 @@ class Shards:
     def __init__(self, folder: Path, about: dict, rows: int, size: int):
         self.folder, self.about, self.rows, self.size = Path(folder), about, rows, size
         self._open: dict[int, object] = {}
-        self._mapped: dict[tuple[int, str], torch.Tensor] = {}
 
     @classmethod
     def plan(cls, folder: Path, about: dict, rows: int, size: int) -> "Shards":
@@ -135,19 +134,13 @@ class Shards:
         for shard in shards.unique().tolist():
             mine = shards == shard
             at = inside[mine] if column is None else (inside[mine], column[mine])
-            part = self._tensor(shard, name)[at]
+            part = self._shard(shard).get_tensor(name)[at]  # mapped from the file: what is not indexed is not read
             found = part.new_empty(len(rows), *part.shape[1:]) if found is None else found
             found[mine] = part
         return found
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard_{shard:05d}.safetensors"
-
-    def _tensor(self, shard: int, name: str) -> torch.Tensor:
-        """A shard's tensor, mapped from the file: what is not indexed is not read."""
-        if (shard, name) not in self._mapped:
-            self._mapped[shard, name] = self._shard(shard).get_tensor(name)
-        return self._mapped[shard, name]
 
     def _shard(self, shard: int):
         if shard not in self._open:
