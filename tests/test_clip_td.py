@@ -254,6 +254,25 @@ def test_the_whole_loss_is_the_formula(distance, weight):
     assert found["share_text"] == pytest.approx((4 * 3 + 1) / 6 / 5) and found["share_visual"] == pytest.approx(4 * 3 / 9 / 5)
 
 
+def test_the_whole_loss_of_scores_is_the_formula():
+    """Where answers have scores p is their mean over the student's softmax, and the task's loss binary."""
+    out, told, beta = output(), targets(), 0.7
+    scores = torch.tensor([[1.0, 0.3, 0], [0, 0, 0], [1, 1, 1], [0, 0.9, 0.6], [0.3, 0, 0]])
+    found = loss(CLIPTD(beta, "relative", "l1"), out, scores, told)
+    task, pull = 0.0, 0.0
+    for b, row in enumerate(scores.double().tolist()):
+        z = out.logits[b].tolist()
+        task += sum(math.log1p(math.exp(v)) - s * v for v, s in zip(z, row, strict=True)) / 5
+        p = sum(math.exp(v) * s for v, s in zip(z, row, strict=True)) / sum(map(math.exp, z))
+        p_t = float(told.probability[b])
+        for side, index in (("text", told.text_index), ("visual", told.visual_index)):
+            chosen = [(place, k) for k, place in enumerate(index[b].tolist()) if place >= 0]
+            for place, k in chosen:
+                d = DISTANCES["l1"](getattr(out, side)[b, place].tolist(), getattr(told, side)[b, k].tolist())
+                pull += p_t / (p_t + p) * d / len(chosen) / 5
+    assert float(found["loss"].detach()) == pytest.approx(task + beta * pull, rel=1e-9)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_gradients_reach_the_student_alone(distance):
     """Of the chosen tokens and the logits, by finite differences; w, from the student's own logits, carries none."""

@@ -167,6 +167,30 @@ def test_spans_of_whatever_text(teachers, name):
             assert all(k in held for k, c in enumerate(text) if c.isascii() and c.isalnum()), (text, spans)
 
 
+@pytest.mark.parametrize("name", ["simple", "open_clip", "hf"])
+def test_the_bytes_of_whatever_piece_lie_in_its_span(teachers, name):
+    """A byte-level piece says some bytes of what its span holds; the pieces of one text say all of its bytes but blanks'."""
+    from open_clip.tokenizer import bytes_to_unicode
+
+    byte_of, draw = {c: b for b, c in bytes_to_unicode().items()}, random.Random(11)
+    teacher, fit = teachers[name], 0
+    inner = teacher.clip.family.library[2] if name == "hf" else teacher.clip.family.tokenizer
+    piece = inner.decoder.__getitem__ if name == "simple" else getattr(inner, "tokenizer", inner).convert_ids_to_tokens
+    for _ in range(80):
+        words = ("".join(draw.choices("abc019,.!?éß雪\N{GRINNING FACE}½", k=draw.randint(1, 4))) for _ in range(2))
+        text = " ".join(words)
+        spans, ids, said = teacher.spans([text])[0], teacher.tokenize([text])[0].tolist(), b""
+        for i, span in zip(ids, spans, strict=True):
+            if span:
+                own = bytes(byte_of[c] for c in piece(i).removesuffix("</w>"))
+                assert own in text[slice(*span)].encode(), (text, own, span)
+                said += own
+        whole = text.replace(" ", "").encode()
+        assert whole.startswith(said), (text, said)
+        fit += said == whole
+    assert fit > 5  # not all were cut off
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_special_tokens_and_padding_have_none(teachers, name):
     teacher = teachers[name]

@@ -172,11 +172,12 @@ def ridge_regression(
 
 
 def weights_digest(student: Student, head: bool = False) -> str:
-    """128 bits of all that decides f(x), or h_w(f(x)): weights and buffers, and what is made of pixels."""
+    """128 bits of what decides f(x), or h_w(f(x)): weights and buffers, kinds of layers (QuickGELU, say), pixels normalised."""
     grey = torch.full((1, 3, student.image_size, student.image_size), 128, dtype=torch.uint8)
     values = {name: value for name, value in student.state_dict().items() if head or not name.startswith("head.")}
     values["normalised"] = student.normalise(grey.to(student.clip.logit_scale.device))
-    found = hashlib.blake2b(digest_size=16)
+    kinds = [type(module).__name__ for module in student.clip.modules()]
+    found = hashlib.blake2b(repr(kinds).encode(), digest_size=16)
     for name, value in values.items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -131,7 +131,9 @@ class Shards:
     def read(self, name: str, rows: torch.Tensor, column: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a tensor, in the order asked. Shapes: rows [b] -> [b, ...]; with column [b] the rows' entries there."""
         shards, inside, found = rows // self.size, rows % self.size, None
-        for shard in shards.unique().tolist():
+        if len(of := set(shards.tolist())) == 1:
+            return self._shard(*of).get_tensor(name)[inside if column is None else (inside, column)]
+        for shard in sorted(of):
             mine = shards == shard
             at = inside[mine] if column is None else (inside[mine], column[mine])
             part = self._shard(shard).get_tensor(name)[at]  # mapped from the file: what is not indexed is not read
