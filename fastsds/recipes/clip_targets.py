@@ -32,7 +32,6 @@ from fastsds.teacher.shards import Shards, fill, rows_a_shard
 CHUNK = 64  # examples a call of CLIP
 TEXTS = 50_000  # prompts whose features are kept
 SELECTIONS = ("all", "pooled", "targeted")
-RAGGED = ("text", "text_index", "visual", "visual_index")  # their K is a shard's own
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,8 @@ class TargetCache:
             raise ConfigError(f"{self.folder}: {example.id} has another image or text than CLIP was asked about; build it anew")
         order = (rows // self.size).sort(stable=True).indices  # a shard's together: its K is its own
         parts = rows[order].split((rows // self.size).unique(return_counts=True)[1].tolist())
-        columns = {name: _joined([self.shards.read(name, part) for part in parts])[order.argsort()] for name in RAGGED}
-        columns |= {name: self.shards.read(name, rows) for name in TeacherTargets._fields if name not in RAGGED}
-        return TeacherTargets(**columns)
+        back = order.argsort()
+        return TeacherTargets(*(_joined([self.shards.read(name, x) for x in parts])[back] for name in TeacherTargets._fields))
 
     def _ask(self, source: Source, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of the cache. Shapes: int64 [n]."""
