@@ -9,7 +9,6 @@ stand beside.
 import argparse
 import hashlib
 import json
-import math
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from fastsds.provenance import commit
 from fastsds.world import TEACHER as TEACHER_FOLDER
 from fastsds.world import WEIGHTS, models
+from fastsds.world.optimize import adamw, cosine, update
 from fastsds.world.scenes import COLOURS, KINDS, RELATIONS, SHAPES, WorldSource, swap_items
 from fastsds.world.tokenizer import train_tokenizer
 from fastsds.world.vilt import SETTINGS as VILT
@@ -52,23 +52,6 @@ class Log:
         self.file.flush()
 
 
-def _cosine(step: int, steps: int, warmup: int = 100) -> float:
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _optimizer(parameters, lr: float, weight_decay: float = 0.01):
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-
-
-def _step(optimizer, loss, parameters, lr: float):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-
-
 def _unit(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1
 
@@ -80,13 +63,13 @@ def train_autoencoder(folder: Path, seed: int, log: Log, steps: int):
     vae = models.autoencoder()
     parameters, source, hp = list(vae.parameters()), WorldSource(seed=seed), AUTOENCODER
     log(f"autoencoder: {sum(p.numel() for p in parameters):,} parameters, {steps} steps")
-    optimizer = _optimizer(parameters, hp["lr"])
+    optimizer = adamw(parameters, hp["lr"])
     for step in range(steps):
         x = _unit(source.load(torch.arange(step * hp["batch"], (step + 1) * hp["batch"])).pixels)
         posterior = vae.encode(x).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample()).sample, x)
         loss = error + hp["kl"] * posterior.kl().mean() / x[0].numel()
-        _step(optimizer, loss, parameters, hp["lr"] * _cosine(step, steps))
+        update(optimizer, loss, parameters, hp["lr"] * cosine(step, steps))
         if step % 20 == 0:
             log(f"autoencoder step {step}/{steps} mse {error.item():.5f}", always=False)
     vae.eval()
@@ -134,7 +117,7 @@ def train_teacher(folder: Path, seed: int, log: Log, steps: int):
     parameters = [*unet.parameters(), *text.parameters()]
     count = [sum(p.numel() for p in m.parameters()) for m in (unet, text)]
     log(f"teacher: UNet {count[0]:,} and text encoder {count[1]:,} parameters, {steps} steps of {hp['batch']}")
-    optimizer = _optimizer(parameters, hp["lr"])
+    optimizer = adamw(parameters, hp["lr"])
     abar = scheduler.alphas_cumprod
     weights = (1 - abar) / abar  # 1/SNR: the squared error of x0
     weights = weights / weights.mean()
@@ -148,7 +131,7 @@ def train_teacher(folder: Path, seed: int, log: Log, steps: int):
         hidden = text(input_ids=tokens[rows]).last_hidden_state
         error = (unet(noisy, t, hidden).sample - eps).square().mean(dim=(1, 2, 3))
         loss = (weights[t] * error).mean()
-        _step(optimizer, loss, parameters, hp["lr"] * _cosine(step, steps))
+        update(optimizer, loss, parameters, hp["lr"] * cosine(step, steps))
         torch._foreach_lerp_(average, parameters, 1.0 if step < 100 else 0.01)
         running = error.mean().item() if running is None else 0.98 * running + 0.02 * error.mean().item()
         if step % 10 == 0:
@@ -198,7 +181,7 @@ def train_student(folder: Path, seed: int, log: Log, steps: int, tokenizer: Path
     heads = torch.nn.Linear(config["embed_dim"], sum(_LAYOUT_SIZES))
     parameters = [*clip.parameters(), *(heads.parameters() if parsing else ())]
     log(f"student: {sum(p.numel() for p in clip.parameters()):,} parameters, {steps} steps of {hp['batch']}")
-    optimizer, criterion = _optimizer(parameters, hp["lr"], hp["weight_decay"]), open_clip.ClipLoss()
+    optimizer, criterion = adamw(parameters, hp["lr"], hp["weight_decay"]), open_clip.ClipLoss()
     for step in range(steps):
         ids = FIRST_PRETRAINING + torch.arange(step * hp["batch"], (step + 1) * hp["batch"])
         samples = source.load(ids)
@@ -207,7 +190,7 @@ def train_student(folder: Path, seed: int, log: Log, steps: int, tokenizer: Path
         loss = criterion(F.normalize(image, dim=-1), F.normalize(text, dim=-1), clip.logit_scale.exp().clamp(max=100.0))
         if parsing:
             loss = loss + parsing_loss(text, heads, source.scenes(ids).layout())
-        _step(optimizer, loss.mean(), parameters, hp["lr"] * _cosine(step, steps))
+        update(optimizer, loss.mean(), parameters, hp["lr"] * cosine(step, steps))
         if step % 20 == 0:
             log(f"student step {step}/{steps} contrastive loss {loss.item():.4f}", always=False)
     log(f"student done: contrastive loss {loss.item():.4f}")
@@ -286,7 +269,7 @@ def main(argv: list[str] | None = None):
     train("teacher", teacher / "unet", train_teacher)
     tokenizer = (teacher if (teacher / "tokenizer").exists() else shipped) / "tokenizer"
     train("student", output / "student", train_student, tokenizer, arguments.parsing)
-    train("vilt", output / "vilt", train_vilt, _optimizer, _step)
+    train("vilt", output / "vilt", train_vilt)
     scores = score_teacher(teacher, log) if "teacher" in stages else {}
     if stages:
         write_manifest(output, stages, scores)

@@ -9,7 +9,6 @@ then words that are masked, and texts that are matched with pictures.
 No label says which colour has which shape, and no caption is made up: what the student knows of that it has from captions.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from fastsds.crossmodal import vilt
 from fastsds.crossmodal.model import CrossModal
 from fastsds.world import models
+from fastsds.world.optimize import adamw, cosine, update
 from fastsds.world.scenes import COLOURS, RELATIONS, SHAPES, WorldSource
 
 SETTINGS = {"steps": 3000, "batch": 64, "lr": 1e-3, "naming": 0.375, "matched": 32, "masked": 0.3}
@@ -25,18 +25,18 @@ FIRST, FIRST_NAMED = 1 << 25, 1 << 26  # ids of its scenes: no other scene has t
 MASK = "\N{LATIN CAPITAL LETTER A WITH MACRON}"  # the byte 0, which no text has
 
 
-def train_vilt(folder: Path, seed: int, log, steps: int, optimizer, step) -> None:
-    """Write a transformers folder in fp16. Args: optimizer, step: of `pretrain`."""
+def train_vilt(folder: Path, seed: int, log, steps: int) -> None:
+    """Write a transformers folder in fp16."""
     torch.manual_seed(seed)
     config, processor, tokenizer = models.vilt_parts()
     model, hp, source = models.vilt(config), SETTINGS, WorldSource(seed=seed)
     vilt.in_order(model)
     student = CrossModal(model, vilt.make(config, processor, tokenizer, "vilt"), classes=2)
     log(f"vilt: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {hp['batch']}")
-    _name(student, source, log, round(hp["naming"] * steps), optimizer, step)
+    _name(student, source, log, round(hp["naming"] * steps))
     words = torch.nn.Linear(config.hidden_size, len(tokenizer))
     parameters = [*student.parameters(), *words.parameters()]
-    rule, generator = optimizer(parameters, hp["lr"]), torch.Generator().manual_seed(seed)
+    rule, generator = adamw(parameters, hp["lr"]), torch.Generator().manual_seed(seed)
     ids = [torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in of]) for of in _kinds()]
     mask, special = tokenizer.convert_tokens_to_ids(MASK), torch.tensor(tokenizer.all_special_ids)
     n, half = hp["matched"], hp["matched"] // 2
@@ -51,7 +51,7 @@ def train_vilt(folder: Path, seed: int, log, steps: int, optimizer, step) -> Non
         found, said = words(out.text[: hp["batch"]][hidden]), tokens[hidden]
         matching = F.cross_entropy(out.logits[hp["batch"] :], (torch.arange(n) < half).long())
         masking = F.cross_entropy(found, said)
-        step(rule, masking + matching, parameters, hp["lr"] * _rate(k, steps, 200))
+        update(rule, masking + matching, parameters, hp["lr"] * cosine(k, steps, 200))
         if k % 20 == 0 or k == steps - 1:
             right = float((found.argmax(1) == said).float().mean())
             log(f"vilt step {k}/{steps} masking {masking:.3f} ({right:.0%} right), matching {matching:.3f}", k == steps - 1)
@@ -60,17 +60,17 @@ def train_vilt(folder: Path, seed: int, log, steps: int, optimizer, step) -> Non
         part.save_pretrained(folder)
 
 
-def _name(student: CrossModal, source: WorldSource, log, steps: int, optimizer, step) -> None:
+def _name(student: CrossModal, source: WorldSource, log, steps: int) -> None:
     """The image transformer: which colours and shapes a picture has, without a text."""
     heads, hp = torch.nn.Linear(student.width, len(COLOURS) + len(SHAPES)), SETTINGS
     parameters = [*student.model.parameters(), *heads.parameters()]
-    rule, silence = optimizer(parameters, hp["lr"]), student.tokenize([""]).expand(hp["batch"], -1)
+    rule, silence = adamw(parameters, hp["lr"]), student.tokenize([""]).expand(hp["batch"], -1)
     for k in range(steps):
         first = FIRST_NAMED + k * hp["batch"]
         scenes, pixels = source.scenes(torch.arange(first, first + hp["batch"])), _load(source, first, hp["batch"]).pixels
         there = torch.cat([F.one_hot(scenes.colour, len(COLOURS)).sum(1), F.one_hot(scenes.shape, len(SHAPES)).sum(1)], 1)
         loss = F.binary_cross_entropy_with_logits(heads(student(pixels, silence).visual.mean(1)), there.clamp(max=1).float())
-        step(rule, loss, parameters, hp["lr"] * _rate(k, steps, 100))
+        update(rule, loss, parameters, hp["lr"] * cosine(k, steps, 100))
         if k % 20 == 0 or k == steps - 1:
             log(f"vilt naming {k}/{steps} {loss:.3f}", k == steps - 1)
 
@@ -108,7 +108,3 @@ def _kinds() -> tuple[list[str], ...]:
 def _load(source: WorldSource, first: int, n: int):
     ids = torch.arange(first, first + n)
     return source.load(ids, torch.zeros_like(ids), models.SIZE)
-
-
-def _rate(step: int, steps: int, warmup: int) -> float:
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
