@@ -80,6 +80,7 @@ class TargetCache:
         self.size = rows_a_shard(self.a_row, CHUNK, len(examples))
         self.shards = Shards.plan(self.folder, self.about, len(examples), self.size)
         self._shared: tuple[Sequence[str] | None, torch.Tensor | None] = (None, None)
+        self._whole = False
         self._texts: dict[str, torch.Tensor] = {}
 
     def build(self, workers: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -101,9 +102,9 @@ class TargetCache:
 
         Raises: ConfigError where the folder is not whole or damaged, or an image or a text is not the one CLIP was asked about.
         """
-        if missing := self.shards.missing():
+        if not self._whole and (missing := self.shards.missing()):
             raise ConfigError(f"{self.folder}: {len(missing)} of {len(self.shards)} shards are missing: build it to its end")
-        rows = samples.rows
+        self._whole, rows = True, samples.rows  # a shard that is there stays
         if other := (self.shards.read("pair", rows) != samples.digests).nonzero().flatten().tolist():
             example = self.examples[int(rows[other[0]])]
             raise ConfigError(f"{self.folder}: {example.id} has another image or text than CLIP was asked about; build it anew")

@@ -4,6 +4,7 @@ The trainer knows no kind: it builds one object, and asks it for student, batche
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def stage_before(recipe: AnyRecipe) -> tuple[Recipe, Callable[..., Training]] | 
         return None
     from fastsds.training.clip_td import adapt, adaptation
 
-    return adaptation(recipe), lambda made, *where: adapt(recipe, made, *where)
+    return adaptation(recipe), partial(adapt, recipe)
 
 
 def before_of(output: Path) -> Path:

@@ -67,7 +67,7 @@ class CLIPTDTraining(Training):
         self.examples = self.task.splits[TRAIN]
         if unknown := [split for split in recipe.eval.splits if split not in self.task.splits]:
             raise ConfigError(f"eval.splits: {unknown[0]!r}, expected some of {', '.join(self.task.splits)}")
-        self.samples, self.identity = len(self.examples), examples_digest(self.task, self.examples)
+        self.samples = len(self.examples)
         self.check_batch("data.batch", f"{data.task}, {TRAIN},")
         self.classes = len(self.task.classes)
         self.student, self.trained = make_crossmodal(recipe.student, self.classes, place, recipe.seed)
@@ -79,10 +79,10 @@ class CLIPTDTraining(Training):
             before = {name for name, _ in self.student.named_parameters()}
             add_projections(self.student, teacher.width, targets.select == "pooled", recipe.seed)
             self.trained += [name for name, _ in self.student.named_parameters() if name not in before]
-            if dry and recipe.adaptation.steps:  # another CLIP will be asked
-                return
-            folder = Path(targets.path) if targets.path else Path(recipe.output) / "targets"
-            self.cache = TargetCache(folder, self.task, self.examples, teacher, self.student, selection)
+            if not (dry and recipe.adaptation.steps):  # else another CLIP will be asked
+                folder = Path(targets.path) if targets.path else Path(recipe.output) / "targets"
+                self.cache = TargetCache(folder, self.task, self.examples, teacher, self.student, selection)
+        self.identity = self.cache.about["examples"] if self.cache else examples_digest(self.task, self.examples)
 
     def begin(self, resumed: bool) -> None:
         """Ask CLIP about the examples that it was not asked about before."""
