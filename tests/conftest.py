@@ -1,4 +1,5 @@
 """What all tests share: one thread, so that results do not depend on the machine's load; no downloads; a clean slate."""
+import json
 import os
 import subprocess
 import sys
@@ -46,3 +47,12 @@ def few_programs(monkeypatch):
     if launch.INTERPRETED:
         chosen = launch.block_size
         monkeypatch.setattr(launch, "block_size", lambda n: 8192 if n > 8192 else chosen(n))
+
+
+@pytest.fixture(scope="session")
+def tight(tmp_path_factory):
+    """A DeepSpeed file with which every parameter is really partitioned, and gathered where it is used."""
+    file = tmp_path_factory.mktemp("tight") / "tight.json"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    file.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10**9}))
+    return file

@@ -61,15 +61,6 @@ def plain(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tight(tmp_path_factory):
-    """A DeepSpeed file with which every parameter is really partitioned, and gathered where it is used."""
-    file = tmp_path_factory.mktemp("tight") / "tight.json"
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
-    file.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10**9}))
-    return file
-
-
-@pytest.fixture(scope="module")
 def two(base, plain, tight, tmp_path_factory):
     """Two ranks, half the micro-batch each: everything in one launch."""
     folder = tmp_path_factory.mktemp("two")

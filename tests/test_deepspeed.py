@@ -1,6 +1,5 @@
 """ZeRO 0 to 3 on one and two CPU ranks: the same losses, the same weights, resumable across all of them."""
 
-import json
 
 import numpy as np
 import pytest
@@ -67,15 +66,6 @@ HALF = ("precision=bf16", "steps=8", "checkpoint_every=4")
 
 def stage(n: int) -> list[str]:
     return ["--config", f"configs/zero{n}.json"]
-
-
-@pytest.fixture(scope="module")
-def tight(tmp_path_factory):
-    """A DeepSpeed file with which every parameter is really partitioned, and gathered where it is used."""
-    file = tmp_path_factory.mktemp("tight") / "tight.json"
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
-    file.write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 10**9}))
-    return file
 
 
 def at_stages(evaluated, tight):

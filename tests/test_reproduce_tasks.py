@@ -1,7 +1,9 @@
 """`fastsds reproduce` and `fastsds demo` of CLIP-TD: arms by fractions of a task's examples."""
 
 import json
+from functools import partial
 
+import experiments
 import pytest
 import tiny
 
@@ -52,15 +54,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def file(folder):
-    def write(*changes: tuple[str, str]):
-        text = FILE
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new, 1)
-        (folder / "mine.yaml").write_text(text)
-        return folder / "mine.yaml"
-
-    return write
+    return partial(experiments.writer(folder), FILE)
 
 
 @pytest.mark.slow
