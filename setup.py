@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["fastsds", "fastsds.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={name: data_files(name) for name in ("fastsds.world", "fastsds.configs", "fastsds.evaluation.suites")},
-    entry_points={"console_scripts": ["fastsds=fastsds.cli:main"]},
+    entry_points={"console_scripts": ["fastsds=fastsds.cli:script"]},
     install_requires=[
         "torch>=2.11,<3",
         "torchvision>=0.26",

@@ -48,5 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def script() -> None:
+    """The process that is this command: `main`, and its end."""
+    code = main()
+    if "torch" in sys.modules:
+        importlib.import_module("fastsds.distributed").end(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -31,11 +31,10 @@ import torch
 from fastsds import checkpoint, config, optimizer, profiling, sharding
 from fastsds.config import AnyRecipe, ConfigError
 from fastsds.data.loader import SkipLog, ahead
+from fastsds.distributed import INTERRUPTED, end
 from fastsds.engine import device, ranks
 from fastsds.metrics import Metrics, counts, describe
 from fastsds.training import Training, before_of, prepare, stage_before
-
-INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -239,7 +238,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    if code in (0, INTERRUPTED) and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.exit(code)
+    end(main())

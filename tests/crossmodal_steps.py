@@ -8,7 +8,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from fastsds import config, optimizer, sharding
+from fastsds import config, distributed, optimizer, sharding
 from fastsds.crossmodal import make_crossmodal
 from fastsds.engine import ranks
 
@@ -46,4 +46,4 @@ if __name__ == "__main__":
     for file in files:
         deepspeed = None if file == "none" else json.loads(Path(file).read_text())
         steps(folder, Path(out) / f"{Path(file).stem}.safetensors", deepspeed)
-    torch.distributed.destroy_process_group()  # gloo's threads may end a process that keeps them with an abort
+    distributed.end(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fastsds import distributed
 from fastsds.config import ConfigError
 from fastsds.crossmodal import load_crossmodal
 from fastsds.data.tasks import load_task
@@ -49,7 +50,7 @@ def main(folder: str, entailed: str, out: Path) -> None:
     except ConfigError as error:
         (out / f"error_{rank}.txt").write_text(str(error))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    distributed.end(0)
 
 
 if __name__ == "__main__":

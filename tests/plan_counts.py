@@ -17,7 +17,7 @@ if find_spec("fastsds") is None:  # not installed: the source tree
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastsds import config
+from fastsds import config, distributed
 
 FIT = 700_000  # a bucket that holds the embedded student's gradients
 ENGINES = {  # name: (ZeRO stage, the bucket's elements, overrides of the recipe)
@@ -134,3 +134,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    distributed.end(0)

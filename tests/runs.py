@@ -104,11 +104,13 @@ def launch(ranks: int, plan: dict[str, list], folder: Path, accelerator: str = "
     done = deepspeed(__file__, folder / "plan.json", ranks=ranks, accelerator=accelerator)
     codes = folder / "codes.json"
     found = json.loads(codes.read_text()) if codes.exists() else []
-    assert found == [0] * len(plan), f"exit codes {found} of {list(plan)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    said = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert (found, done.returncode) == ([0] * len(plan), 0), f"{found} of {list(plan)}, then {done.returncode}\n{said}"
     return {name: folder / name for name in plan}
 
 
 def main() -> None:
+    from fastsds import distributed
     from fastsds import train as trainer
 
     plan = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
@@ -117,6 +119,7 @@ def main() -> None:
         codes.append(trainer.main(argv))
         if os.environ.get("RANK") == "0":
             (plan.parent / "codes.json").write_text(json.dumps(codes))
+    distributed.end(0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import ast
 
 FLOORS = (
-    ("quiet", "progress", "provenance", "durable", "strict", "config", "weights", "hub", "testing", "tables"),
+    ("quiet", "progress", "provenance", "durable", "strict", "config", "weights", "hub", "testing", "tables", "distributed"),
     ("reference", "schedule"),
     ("kernels",),
     ("counter",),

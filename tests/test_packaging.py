@@ -180,7 +180,7 @@ def test_version_and_entry_point(wheel, metadata):
     import fastsds
     assert metadata["Version"] == fastsds.__version__
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
-    assert "fastsds = fastsds.cli:main" in wheel.read(name).decode()
+    assert "fastsds = fastsds.cli:script" in wheel.read(name).decode()
 
 
 def imported(folder: Path) -> set[str]:

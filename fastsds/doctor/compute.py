@@ -140,14 +140,14 @@ def bitsandbytes() -> Iterator[Finding]:
 
 DISTRIBUTED = """
 import torch
-from fastsds import sharding
+from fastsds import distributed, sharding
 from fastsds.engine import device
 sharding.init_distributed()
 x = torch.ones(1000, device=device())
 torch.distributed.all_reduce(x)
 assert x.sum() == 1000
 print("found", torch.distributed.get_backend(), device())
-torch.distributed.destroy_process_group()
+distributed.end(0)
 """
 
 

@@ -179,17 +179,13 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--format clip_benchmark: its shape takes the suite's data; expected --suite, or table or json")
     if not asked.compare:
         check(asked)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("gloo")
     try:
         shown = kept(*asked.compare) if asked.compare else evaluated(asked)
     except KeyboardInterrupt:
         print("\nstopped; what is scored is kept, and the same command goes on", file=sys.stderr)
         return 130
-    finally:
-        if ranks > 1:
-            torch.distributed.destroy_process_group()
     if not _first():
         return 0
     every = asked.all or asked.format == "json"
