@@ -9,12 +9,13 @@ import pytest
 import runs
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from fastsds import config as recipes
 from fastsds.config import ConfigError, StudentConfig
 from fastsds.crossmodal import load_crossmodal, make_crossmodal, read_crossmodal, save_crossmodal
+from fastsds.crossmodal.saving import read_head
 from fastsds.engine import TorchEngine
 
 TEXTS = ["the red ring", "a blue square is left of the white cross", "xyz"]
@@ -379,8 +380,8 @@ def damaged(case, folder, tmp_path):
         ("cut", "model.safetensors: truncated or damaged"),
         ("no weights", "no file named model.safetensors"),
         ("tensor", r"tensor encoder.layer.2.\S+ is missing"),
-        ("classes", "a head of 5 classes, the task asks for 3 classes: remove it"),
-        ("head", "a head of 5 classes, the task asks for one score a choice"),
+        ("classes", "its head has 5 classes, the task asks for 3 classes: remove it"),
+        ("head", "its head has 5 classes, the task asks for one score a choice"),
         ("head file", "head.safetensors: truncated or damaged"),
         ("head tensor", r"head.safetensors: tensor head.0.bias is \(3,\), expected \(32,\)"),
     ],
@@ -390,6 +391,28 @@ def test_what_is_wrong_in_a_folder_is_named(folder, tmp_path, case, words):
     with pytest.raises(ConfigError, match=words) as caught:
         load_crossmodal(made, 0 if case == "head" else 5 if case == "head tensor" else 3)
     assert str(made) in str(caught.value)
+
+
+def test_a_head_knows_what_its_classes_are_called(folder, tmp_path):
+    """A head whose answers stand in another order, but are as many, answers wrongly without a word."""
+    names = ("no", "yes", "two")
+    student = load_crossmodal(folder, names)
+    assert (student.classes, student.answers) == (3, names)
+    save_crossmodal(student.state_dict(), student, tmp_path)
+    assert all(load_crossmodal(tmp_path, asked).answers == names for asked in (None, 3, names))
+    with pytest.raises(ConfigError, match="head.safetensors: its head's class 1 is 'yes', the task's 'two': remove it, for a"):
+        load_crossmodal(tmp_path, ("no", "two", "yes"))
+    for metadata, says in (
+        ({"classes": "3", "answers": '["no", "yes"]'}, "answers are not the names of 3 classes"),
+        ({"classes": "3", "answers": "no, yes, two"}, "answers are not the names of 3 classes"),
+        ({"answers": '["no", "yes", "two"]'}, "expected classes in its metadata"),
+    ):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        save_file(read_head(tmp_path).state, tmp_path / "other" / "head.safetensors", metadata=metadata)
+        with pytest.raises(ConfigError, match=says):
+            read_head(tmp_path / "other")
+    save_file(read_head(tmp_path).state, tmp_path / "head.safetensors", metadata={"classes": "3"})  # names that nobody knew
+    assert load_crossmodal(tmp_path).answers == () and load_crossmodal(tmp_path, names).answers == names
 
 
 def test_a_name_that_is_nothing_is_named(folder):

@@ -34,10 +34,11 @@ eval: {splits: [], every: 0}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Two students of three classes, one of choices."""
+    """Two students of three classes, one whose classes stand in another order, one of choices."""
     home = tmp_path_factory.mktemp("home")
     tiny.save_vilt(home / "vilt")
-    for name, classes, seed in (("a", 3, 0), ("b", 3, 1), ("choice", 0, 0)):
+    turned = load_task("world_entailment", sizes=SIZES).classes[::-1]
+    for name, classes, seed in (("a", 3, 0), ("b", 3, 1), ("turned", turned, 0), ("choice", 0, 0)):
         student = load_crossmodal(home / "vilt", classes=classes, seed=seed)
         save_crossmodal(student.state_dict(), student, home / name)
     tiny.save_student(home / "clip")
@@ -115,7 +116,8 @@ def test_bf16_and_the_batch(home, run, tmp_path):
     ("a", (*ASKED, "--steps", "3"), "--steps: of --scorer diffusion alone"),
     ("a", (*ASKED, "--format", "clip_benchmark"), "--format clip_benchmark"),
     ("a", ("--suite", "world_dev", "--split", "test"), "--split: of --task alone"),
-    ("choice", ASKED, "model .*choice: its head has one score a choice, task world_entailment asks for 3 classes"),
+    ("choice", ASKED, "model .*choice, task world_entailment: its head has one score a choice, the task asks for 3 classes"),
+    ("turned", ASKED, "model .*turned, task world_entailment: its head's class 0 is 'contradiction', the task's 'entailment'"),
     ("vilt", ASKED, "model .*vilt: .*no head.safetensors"),
     ("clip", ASKED, "model .*clip: "),
     ("nowhere", ASKED, "model .*nowhere: no such folder"),

@@ -1,5 +1,6 @@
 """A cross-modal student from what a recipe says: found, built, filled with weights, tuned."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ FETCHED = (("preprocessor_config.json",), ("tokenizer_config.json",), ("tokenize
 
 
 def make_crossmodal(
-    config: StudentConfig, classes: int, place: str | torch.device = "cpu", seed: int = 0
+    config: StudentConfig, classes: int | Sequence[str], place: str | torch.device = "cpu", seed: int = 0
 ) -> tuple[CrossModal, list[str]]:
     """The student that a recipe describes, and the names of its trained parameters: the head's always.
 
@@ -39,14 +40,14 @@ def make_crossmodal(
 
 
 def load_crossmodal(
-    model: str | Path, classes: int | None = None, device: str | torch.device = "cpu", seed: int = 0
+    model: str | Path, classes: int | Sequence[str] | None = None, device: str | torch.device = "cpu", seed: int = 0
 ) -> CrossModal:
     """Load a cross-modal student in fp32.
 
     Args: model: a transformers folder, `hf-hub:ORG/NAME` or ORG/NAME, of which only what is not on this disk is fetched; or
-        "world": the embedded world's, small, pretrained on its captions (fastsds/world/vilt.py). classes: of the head, 0 for
-        one score a choice; None takes the folder's own head. device: "meta" reads no weights and no tokenizer. seed: of
-        whatever is not loaded.
+        "world": the embedded world's, small, pretrained on its captions (fastsds/world/vilt.py). classes: of the head, their
+        names in order or their number, none for one score a choice; None takes the folder's own head. device: "meta" reads
+        no weights and no tokenizer. seed: of whatever is not loaded.
     Raises: ConfigError that names the file and what is wrong in it.
     """
     meta = torch.device(device).type == "meta"
@@ -58,12 +59,16 @@ def load_crossmodal(
         if classes is None and saved is None:
             raise ConfigError(f"student {model}: no {HEAD_FILE}, so the number of classes must be given")
         with torch.device("meta" if meta else "cpu"):
-            student = CrossModal(body, family, saved[0] if classes is None else classes)
+            student = CrossModal(body, family, classes if saved is None else saved.answers)
     if saved is not None:
-        if saved[0] != student.classes:
-            says = [f"{n} classes" if n else "one score a choice" for n in (saved[0], student.classes)]
-            raise ConfigError(f"{folder / HEAD_FILE}: a head of {says[0]}, the task asks for {says[1]}: remove it")
-        own = {name: tensor for name, tensor in saved[1].items() if name.startswith("head.")}
+        if classes is not None:
+            try:
+                student.check_answers(classes)
+            except ConfigError as error:
+                raise ConfigError(f"{folder / HEAD_FILE}: {error}: remove it, for a new head") from error
+            if not student.answers and not isinstance(classes, int):
+                student.answers = tuple(classes)
+        own = {name: tensor for name, tensor in saved.state.items() if name.startswith("head.")}
         expected = {f"head.{name}": tensor.shape for name, tensor in student.head.state_dict().items()}
         for name in sorted(own.keys() | expected.keys()):
             if name not in own or own[name].shape != expected.get(name):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastsds.config import ConfigError
 from fastsds.student.model import Normalise, at_least_fp32, drop_dropout
 
 PADDING = -1
@@ -67,13 +68,17 @@ class Family:
 class CrossModal(nn.Module):
     """A model of text and picture, and a head: `classes` shared by all examples, or 0 for one score a choice.
 
+    Args: answers: the classes' names, in order, or their number; of none, the head scores choices.
+
     The head is ViLT's for questions: h -> 2h, LayerNorm, GELU, -> classes. Dropout is off: a step must not depend on how a
     batch is cut. What a recipe hangs on beside `model` and `head` (its projections) is trained and saved with them.
     """
 
-    def __init__(self, model: nn.Module, family: Family, classes: int):
+    def __init__(self, model: nn.Module, family: Family, answers: int | Sequence[str]):
         super().__init__()
-        self.model, self.family, self.classes = model, family, classes
+        self.answers = () if isinstance(answers, int) else tuple(answers)
+        self.classes = classes = answers if isinstance(answers, int) else len(self.answers)
+        self.model, self.family = model, family
         self.image_size, self.grid, self.width = family.image_size, family.grid, family.width
         h, last = family.width, nn.Linear(2 * family.width, classes or 1, bias=classes > 0)  # a softmax sees no constant
         self.head = nn.Sequential(nn.Linear(h, 2 * h), nn.LayerNorm(2 * h), nn.GELU(), last)
@@ -109,6 +114,16 @@ class CrossModal(nn.Module):
             features = [x.unflatten(0, tokens.shape[:2])[rows, place] for x in features]
             logits = logits.view(tokens.shape[:2])
         return CrossModalOutput(*(at_least_fp32(x) for x in (*features, logits)))
+
+    def check_answers(self, asked: int | Sequence[str]) -> None:
+        """Raise ConfigError unless the head gives these classes in this order, as far as both have names."""
+        numbers = self.classes, asked if isinstance(asked, int) else len(asked)
+        if numbers[0] != numbers[1]:
+            has, wanted = (f"{n} classes" if n else "one score a choice" for n in numbers)
+            raise ConfigError(f"its head has {has}, the task asks for {wanted}")
+        if self.answers and not isinstance(asked, int) and self.answers != tuple(asked):
+            k = next(k for k, (a, b) in enumerate(zip(self.answers, asked, strict=True)) if a != b)
+            raise ConfigError(f"its head's class {k} is {self.answers[k]!r}, the task's {asked[k]!r}")
 
     def tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> torch.Tensor:
         """Token ids, cut to the model's length with the end token kept, PADDING up to the longest of these texts.

@@ -1,9 +1,12 @@
 """A cross-modal student on disk: a transformers folder, and head.safetensors beside it, which transformers leaves alone.
 
-head.safetensors: "head.*", and "projections.*" or whatever else a recipe hung on the student; metadata: the classes.
+head.safetensors: "head.*", and "projections.*" or whatever else a recipe hung on the student; metadata: the classes,
+and their names, as a JSON list, where they have some.
 """
 
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +33,8 @@ def save_crossmodal(weights: dict[str, torch.Tensor], model: CrossModal, folder:
     inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     rest = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     write_whole(folder / WEIGHTS_FILE, lambda path: save_file(inner, path, metadata={"format": "pt"}))
-    write_whole(folder / HEAD_FILE, lambda path: save_file(rest, path, metadata={"classes": str(model.classes)}))
+    says = {"classes": str(model.classes)} | ({"answers": json.dumps(model.answers)} if model.answers else {})
+    write_whole(folder / HEAD_FILE, lambda path: save_file(rest, path, metadata=says))
 
 
 def read_crossmodal(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,16 +43,32 @@ def read_crossmodal(folder: Path) -> dict[str, torch.Tensor]:
     if (saved := read_head(folder)) is None:
         raise ConfigError(f"{folder}: no {HEAD_FILE}: not a cross-modal student's folder")
     with open_safetensors(folder / WEIGHTS_FILE) as file:
-        return {f"model.{key}": file.get_tensor(key) for key in file.keys()} | saved[1]  # noqa: SIM118
+        return {f"model.{key}": file.get_tensor(key) for key in file.keys()} | saved.state  # noqa: SIM118
 
 
-def read_head(folder: Path) -> tuple[int, dict[str, torch.Tensor]] | None:
-    """The classes (0: one score a choice) and the state of a folder's head, or None. Raises: ConfigError."""
+class SavedHead(NamedTuple):
+    """answers: the classes' names, or their number; 0: one score a choice."""
+
+    answers: int | tuple[str, ...]
+    state: dict[str, torch.Tensor]
+
+
+def read_head(folder: Path) -> SavedHead | None:
+    """A folder's head, or None. Raises: ConfigError."""
     if not (path := Path(folder) / HEAD_FILE).is_file():
         return None
     with open_safetensors(path) as file:
-        classes = (file.metadata() or {}).get("classes", "")
+        says = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if not classes.isdigit():
+    if not (classes := says.get("classes", "")).isdigit():
         raise ConfigError(f"{path}: not the head of a cross-modal student (expected classes in its metadata)")
-    return int(classes), state
+    if "answers" not in says:
+        return SavedHead(int(classes), state)
+    try:
+        answers = json.loads(says["answers"])
+    except ValueError:
+        answers = None
+    named = isinstance(answers, list) and all(isinstance(name, str) for name in answers)
+    if not named or len(answers) != int(classes):
+        raise ConfigError(f"{path}: its metadata's answers are not the names of {classes} classes")
+    return SavedHead(tuple(answers), state)

@@ -54,9 +54,10 @@ def load(asked: argparse.Namespace) -> Task:
 def answered(asked: argparse.Namespace, task: Task, model: str, place: torch.device) -> Result:
     """What a student answers; what it answered before is read. Raises: ConfigError where that is of another one, or of else."""
     student, splits, ranks = named.crossmodal(model, place), list(dict.fromkeys(asked.split)), Ranks()
-    if student.classes != len(task.classes):
-        has, asks = (f"{n} classes" if n else "one score a choice" for n in (student.classes, len(task.classes)))
-        raise ConfigError(f"model {model}: its head has {has}, task {task.name} asks for {asks}")
+    try:
+        student.check_answers(task.classes)
+    except ConfigError as error:
+        raise ConfigError(f"model {model}, task {task.name}: {error}") from error
     name = named.called(model)
     settings = {"weights": weights_digest(student), "precision": asked.precision, "splits": splits}
     about = {"suite": task.name, "fingerprint": fingerprint(task, splits), "scorer": {"name": name, "settings": settings}}

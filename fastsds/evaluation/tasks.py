@@ -28,9 +28,13 @@ def evaluate_task(
     The prediction is the class, or choice, of the highest logit, the first of equal ones.
     Args: model: a `CrossModal` in eval mode, or an engine over one. splits: one named twice is asked once. examples: the first
         units of each split alone. workers: threads that decode.
-    Raises: ConfigError for a split that the task has not, or an image that cannot be read or logits that are not finite, with
-        the example's id.
+    Raises: ConfigError for a split that the task has not, a head of other classes, or an image that cannot be read or logits
+        that are not finite, with the example's id.
     """
+    try:
+        getattr(model, "module", model).check_answers(task.classes)
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name}: {error}") from error
     if unknown := [split for split in splits if split not in task.splits]:
         raise ConfigError(f"task {task.name}: split {unknown[0]!r}, expected some of {', '.join(task.splits)}")
     splits, ranks, parts, rows = list(dict.fromkeys(splits)), Ranks(), {}, []

@@ -69,8 +69,7 @@ class CLIPTDTraining(Training):
             raise ConfigError(f"eval.splits: {unknown[0]!r}, expected some of {', '.join(self.task.splits)}")
         self.samples = len(self.examples)
         self.check_batch("data.batch", f"{data.task}, {TRAIN},")
-        self.classes = len(self.task.classes)
-        self.student, self.trained = make_crossmodal(recipe.student, self.classes, place, recipe.seed)
+        self.student, self.trained = make_crossmodal(recipe.student, self.task.classes, place, recipe.seed)
         self.objective, self.cache = CLIPTD(loss.beta, loss.weight, loss.distance), None
         if loss.beta:
             selection = Selection(targets.select, targets.k, targets.mass)
@@ -95,10 +94,10 @@ class CLIPTDTraining(Training):
             metrics.note(f"{self.task.name}: {note}")
 
     def batches(self, **how) -> TaskLoader:
-        data = self.recipe.data
+        data, student = self.recipe.data, self.student
         return TaskLoader(
-            self.task, self.examples, workers=data.workers, classes=self.classes, batch=data.batch, streams=data.streams,
-            seed=self.recipe.seed, image_size=self.student.image_size, tokenize=self.student.tokenize, rank=self.rank,
+            self.task, self.examples, workers=data.workers, classes=student.classes, batch=data.batch, streams=data.streams,
+            seed=self.recipe.seed, image_size=student.image_size, tokenize=student.tokenize, rank=self.rank,
             world=self.world_size, device=self.place, max_skipped=data.max_skipped, read=self.cache and self.cache.read, **how,
         )  # fmt: skip
 
