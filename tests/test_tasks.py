@@ -106,6 +106,24 @@ def test_what_is_not_there_is_named(snli_ve, tmp_path):
     refused("snli_ve", snli_ve, "expected the file snli_ve_dev.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "says"),
+    [
+        ("snli_ve", "images", 3, "images is 3, expected text"),
+        ("vqa_v2", "min_count", "9", "min_count is the text '9', expected a whole number"),
+        ("vqa_v2", "min_count", True, "min_count is true, expected a whole number"),
+        ("vqa_v2", "answers", ["yes"], r'answers is \["yes"\], expected text'),
+        ("vqa_v2", "template", None, "template is null, expected text"),
+        ("world_questions", "seed", 0.5, "seed is 0.5, expected a whole number"),
+        ("world_questions", "sizes", 40, "sizes is 40, expected keys with values"),
+        ("world_questions", "sizes", {"test": True}, "sizes: 'test', expected a size of at least 1"),
+    ],
+)
+def test_an_option_of_another_kind_is_named(snli_ve, name, option, value, says):
+    with pytest.raises(ConfigError, match=f"task {name}: {says}"):
+        load_task(name, None if name.startswith("world") else snli_ve, **{option: value})
+
+
 def test_images_come_through_the_loader_and_damaged_ones_are_passed_over(snli_ve):
     image(snli_ve / "flickr30k_images" / "bad.jpg")
     rows = [entailed("bad", "neutral", name="bad"), *(entailed(f"{k}", "neutral") for k in range(7))]

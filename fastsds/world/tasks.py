@@ -119,7 +119,7 @@ class WorldChoice(_Made, MultipleChoice):
 
 def load(name: str, seed: int = 0, sizes: dict[str, int] | None = None) -> Task:
     """Make a task. Args: sizes: examples by split (of world_choice: questions, two examples each), beside `SIZES`'s."""
-    if unknown := [s for s, n in (sizes or {}).items() if s not in SIZES or not isinstance(n, int) or n < 1]:
+    if unknown := [s for s, n in (sizes or {}).items() if s not in SIZES or type(n) is not int or n < 1]:
         raise ConfigError(f"task {name}: sizes: {unknown[0]!r}, expected a size of at least 1 for some of {', '.join(SIZES)}")
     make = {"world_entailment": _entailment, "world_questions": _questions, "world_choice": _choice}[name]
     splits = {s: make(_Draws(name, s, seed, n)) for s, n in (SIZES | (sizes or {})).items()}
