@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)  # the arms have the cores
     try:
-        with jobs.claim(experiment.output) as lock:
+        with jobs.claim(experiment.output, "fastsds demo", fresh=True) as lock:
             jobs.run(made.jobs, fresh=True, lock=lock)
     except jobs.Failed as error:
         print(f"error: {error}", file=sys.stderr)

@@ -104,14 +104,15 @@ class Job:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[int]:
+def claim(folder: Path, by: str, fresh: bool = False) -> Iterator[int]:
     """Have a folder to oneself, and to what one starts: the lock is held until the last of them has ended, killed or not.
 
-    Returns: what `run` hands on. Raises: ConfigError if another has it, or it cannot be written.
+    Args: by: the command, which the folder remembers. fresh: it deletes what is there, so that has to be its own.
+    Returns: what `run` hands on. Raises: ConfigError if another has it, or it cannot be written, or is another command's.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}; expected a folder that can be written, by --output") from error
     with lock:
@@ -121,6 +122,12 @@ def claim(folder: Path) -> Iterator[int]:
             raise ConfigError(
                 f"{folder} is in use: another command works there, or what an earlier one started still runs; wait for it"
             ) from None
+        lock.seek(0)
+        if fresh and (other := lock.read()) not in ("", by):
+            raise ConfigError(f"{folder} has the runs of `{other}`, and this command begins anew; name another --output")
+        lock.truncate(0)
+        lock.write(by)
+        lock.flush()
         yield lock.fileno()
 
 

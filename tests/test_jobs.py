@@ -226,7 +226,7 @@ import pathlib, sys
 from fastsds import jobs
 root = pathlib.Path(sys.argv[1])
 code = "import os, sys, time, pathlib; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
-with jobs.claim(root) as lock:
+with jobs.claim(root, "a test") as lock:
     jobs.run([jobs.Job("a", root / "a", lambda: [sys.executable, "-c", code, str(root / "pid")])], lock=lock)
 """
 
@@ -241,22 +241,31 @@ def test_a_folder_is_in_use_as_long_as_anything_runs_there(tmp_path):
     process.wait()
     left = int((tmp_path / "pid").read_text())
     assert alive(left)
-    with pytest.raises(ConfigError, match="is in use"), jobs.claim(tmp_path):
+    with pytest.raises(ConfigError, match="is in use"), jobs.claim(tmp_path, "a test"):
         pass
     os.kill(left, signal.SIGKILL)
     while alive(left):
         time.sleep(0.05)
-    with jobs.claim(tmp_path):
-        with pytest.raises(ConfigError, match="is in use"), jobs.claim(tmp_path):
+    with jobs.claim(tmp_path, "a test"):
+        with pytest.raises(ConfigError, match="is in use"), jobs.claim(tmp_path, "a test"):
             pass
-    with jobs.claim(tmp_path):
+    with jobs.claim(tmp_path, "a test"):
         pass
+
+
+def test_what_begins_anew_deletes_its_own_alone(tmp_path):
+    for by, fresh in (("demo", True), ("demo", True), ("reproduce", False), ("demo", False), ("reproduce", False)):
+        with jobs.claim(tmp_path, by, fresh):
+            pass
+    with pytest.raises(ConfigError, match="has the runs of `reproduce`.*name another --output"):
+        with jobs.claim(tmp_path, "demo", fresh=True):
+            pass
 
 
 def test_a_place_that_is_no_folder_is_one_error(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match="file.*; expected a folder that can be written"), jobs.claim(folder):
+        with pytest.raises(ConfigError, match="file.*; expected a folder that can be written"), jobs.claim(folder, "a test"):
             pass
 
 

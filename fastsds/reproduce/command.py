@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     torch.set_num_threads(1)  # the runs have the cores
     try:
-        with jobs.claim(experiment.output) as lock:
+        with jobs.claim(experiment.output, "fastsds reproduce") as lock:
             jobs.run(made.jobs, places(), keep_going=True, lock=lock)
     except jobs.Failed as error:
         print(f"error: {error}\n\nthe same command goes on with what is not finished", file=sys.stderr)
