@@ -428,9 +428,23 @@ def test_shift_by_a_field(vcr):
         ({"by": "movie"}, "or a share"),
         ({"by": "movie", "share": 1.0}, "share 1.0"),
         ({"by": "movie", "test": ["A", "B", "C"]}, "train on"),
+        ({"by": "part", "train": ["answer"]}, "'train-0' has a part on each side"),
     ):
         with pytest.raises(ConfigError, match=re.escape(says)):
             shift_by(task, **options)
+
+
+def test_a_shift_that_is_asked_takes_the_place_of_a_tasks_own():
+    task = load_task("world_entailment", sizes=dict.fromkeys(("train", "dev", "test", "dev_shift", "shift"), 12))
+    shifted = shift_by(task, "label", test=["neutral"])
+    labels = {split: {e.about["label"] for e in of} for split, of in shifted.splits.items()}
+    ours, theirs = {"entailment", "contradiction"}, {"neutral"}
+    assert labels == {"train": ours} | {s: ours for s in ("dev", "test", "shift")} | {
+        f"{s}_shift": theirs for s in ("dev", "test", "shift")
+    }
+    assert ids(shifted, "dev_shift") < ids(task, "dev")
+    with pytest.raises(ConfigError, match="no example is left to test on"):
+        shift_by(task, "label", test=[])
 
 
 def test_shift_by_lists(vcr, vqa):
