@@ -84,6 +84,8 @@ def test_snli_ve_as_released(snli_ve):
         ({"gold_label": "neutral", "pairID": "new", "sentence2": "x"}, "no field 'Flickr30K_ID'"),
         (entailed("new", "neutral") | {"sentence2": " "}, "sentence2 is ' '"),
         ([], "an object expected"),
+        (entailed("new", "neutral") | {"sentence2": "a \ud800 ring"}, "not Unicode: half a character in "),
+        (entailed("new", "neutral", name="a\0b"), "images are not in"),
     ],
 )
 def test_snli_ve_refuses(snli_ve, row, says):
@@ -101,6 +103,8 @@ def test_what_is_not_there_is_named(snli_ve, tmp_path):
     refused("world_choice", None, "'trian'", sizes={"trian": 3})
     refused("snli_ve", snli_ve, "elsewhere does not exist", images=snli_ve / "elsewhere")
     (snli_ve / "snli_ve_dev.jsonl").write_text("{\n")
+    refused("snli_ve", snli_ve, "snli_ve_dev.jsonl: row 1: not JSON")
+    (snli_ve / "snli_ve_dev.jsonl").write_text("1" * 5000)
     refused("snli_ve", snli_ve, "snli_ve_dev.jsonl: row 1: not JSON")
     (snli_ve / "snli_ve_dev.jsonl").unlink()
     refused("snli_ve", snli_ve, "expected the file snli_ve_dev.jsonl")
