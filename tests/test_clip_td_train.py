@@ -215,6 +215,7 @@ def test_dry_run_says_it_all_and_writes_nothing(base, tmp_path, capsys):
     (["eval.splits=[nothing]"], "eval.splits: 'nothing', expected some of train, dev, test, dev_shift, shift"),
     (["data.fraction=0.1"], "data.batch is 8, larger than the data: world_entailment, train, has 5 samples"),
     (["adaptation.steps=2", "adaptation.batch=64"], "adaptation.batch is 64, larger than the data: world_entailment, texts"),
+    (["adaptation.steps=2", "adaptation.tune=[nothing*]"], "adaptation.tune: 'nothing*' matches no parameter"),
     (["data.task=world_entailmen"], "data: task 'world_entailmen': expected one of"),
     (["teacher.model=./nothing"], "teacher: "),
     (["student.model=world", "student.pretrained=openai"], "student.pretrained: 'openai', expected null"),
