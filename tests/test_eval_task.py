@@ -71,8 +71,8 @@ def test_a_student_is_asked_once(home, run, tmp_path, monkeypatch):
     assert "label=neutral" not in printed and "label=neutral" in run("--model", home / "a", *ASKED, "--all")
     monkeypatch.setattr(task_command, "evaluate_task", lambda *_, **__: pytest.fail("it was asked again"))
     assert run("--model", home / "a", *ASKED) == printed
-    for other in (["--precision", "bf16"], ["--split", "dev"]):
-        with pytest.raises(ConfigError, match="result.json is of another .*; name another folder, or delete it"):
+    for other, says in ((["--precision", "bf16"], '"bf16"'), (["--split", "dev"], r'"shift", "dev"\]')):
+        with pytest.raises(ConfigError, match=f"of another scorer: .*{says}.*; name another folder, or delete it"):
             run("--model", home / "a", *ASKED, *other)
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         run("--model", home / "a", *ASKED, "--precision", "bf16", "--output", "half")

@@ -60,7 +60,7 @@ def answered(asked: argparse.Namespace, task: Task, model: str, place: torch.dev
         raise ConfigError(f"model {model}, task {task.name}: {error}") from error
     name = named.called(model)
     settings = {"weights": weights_digest(student), "precision": asked.precision, "splits": splits}
-    about = {"suite": task.name, "fingerprint": fingerprint(task, splits), "scorer": {"name": name, "settings": settings}}
+    about = {"suite": task.name, "scorer": {"name": name, "settings": settings}, "fingerprint": fingerprint(task, splits)}
     folder = asked.output / named.folder(name) / task.name
 
     def before() -> Result | None:
