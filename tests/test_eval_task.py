@@ -128,6 +128,13 @@ def test_a_mistake_is_one_error(model, words, says, home, run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_asked(home, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_command, "evaluate_task", lambda *_, **__: pytest.fail("it was asked"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="^file/.*/world_entailment: Not a directory"):
+        run("--model", home / "a", *ASKED, "--output", "file")
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(home, run, root, tmp_path):
     run("--model", home / "a", *ASKED)

@@ -64,7 +64,13 @@ def answered(asked: argparse.Namespace, task: Task, model: str, place: torch.dev
     folder = asked.output / named.folder(name) / task.name
 
     def before() -> Result | None:
-        if ranks.rank or not (folder / RESULT).is_file():
+        if ranks.rank:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: {error.strerror}") from error
+        if not (folder / RESULT).is_file():
             return None
         check_same(folder / RESULT, about)
         return load_result(folder)
