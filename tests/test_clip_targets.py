@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from fastsds.config import ConfigError
@@ -187,6 +188,34 @@ def test_targets_of_anything_else_are_refused(models, tasks, tmp_path):
         assert f"{tmp_path / 't'}: made with {key} " in str(error.value)
         assert "name another folder, or delete it" in str(error.value)
     make(student=load_crossmodal(folder / "vilt", classes=3, seed=9))  # no weight of the student counts
+
+
+def test_shards_that_no_index_tells_of_are_refused(models, tasks, tmp_path):
+    """Without its index a folder is anybody's: other tokens would be taken for those that are asked."""
+    teacher, student, _ = models
+    task, folder = tasks["world_entailment"], tmp_path / "t"
+    TargetCache(folder, task, task.splits["train"][:20], teacher, student, CHOICES["k"]).build()
+    (folder / "index.json").unlink()
+    for selection in (CHOICES["k"], Selection(k=1)):
+        with pytest.raises(ConfigError, match="/t: shards, but no index.json that says what they are of; name another folder"):
+            TargetCache(folder, task, task.splits["train"][:20], teacher, student, selection)
+    assert not (folder / "index.json").exists()
+    (folder / "index.json").write_text('{"about": null, "rows": 20, "size": 64}')
+    with pytest.raises(ConfigError, match="index.json: no index that can be read"):
+        TargetCache(folder, task, task.splits["train"][:20], teacher, student, CHOICES["k"])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.pop("visual"), lambda x: x.update({k: v[:3].clone() for k, v in x.items()})])
+def test_a_shard_that_lacks_something_is_named(models, tasks, change, tmp_path):
+    teacher, student, _ = models
+    task, path = tasks["world_entailment"], tmp_path / "t" / "shard_00000.safetensors"
+    cache = TargetCache(tmp_path / "t", task, task.splits["train"][:20], teacher, student, CHOICES["k"])
+    cache.build()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match="shard_00000.safetensors: damaged: .*; delete it, and the same build writes it anew"):
+        read(cache, task, [3, 5])
 
 
 def test_a_pair_that_changed_after_the_build_is_named(models, tasks, tmp_path):

@@ -137,6 +137,23 @@ def test_an_adaptation_that_was_stopped_goes_on(base, plain, tmp_path, capfd):
     assert "adaptation.lr is 1.0, the checkpoint was made with 0.001" in capfd.readouterr().err
 
 
+def test_a_run_that_was_killed_early_keeps_its_targets(base, plain, tmp_path, capfd):
+    """As SIGKILL before the first checkpoint leaves it."""
+    shutil.copytree(plain["adapted"], tmp_path / "run")
+    again = [*base, *runs.sets(*ADAPTED), "--output", tmp_path / "run"]
+    for name in ("checkpoints", "student"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert runs.train(*again) == 2
+    assert "it has no checkpoint: remove all in it but adaptation and targets, or name another" in capfd.readouterr().err
+    for name in ("metrics.jsonl", "recipe.yaml"):
+        (tmp_path / "run" / name).unlink()
+    files = [tmp_path / "run" / name for name in ("adaptation/checkpoints", "targets/shard_00000.safetensors")]
+    made = [file.stat().st_mtime_ns for file in files]
+    assert runs.train(*again) == 0
+    assert runs.losses(tmp_path / "run") == runs.losses(plain["adapted"])
+    assert made == [file.stat().st_mtime_ns for file in files]
+
+
 def test_the_adapted_clip_teaches(plain, base):
     folders = Path(base[1]).parent / "clip", plain["adapted"] / "adaptation" / "student"
     clip, adapted = (load_student(folder).state_dict() for folder in folders)
@@ -198,6 +215,7 @@ def test_dry_run_says_it_all_and_writes_nothing(base, tmp_path, capsys):
     (["eval.splits=[nothing]"], "eval.splits: 'nothing', expected some of train, dev, test, dev_shift, shift"),
     (["data.fraction=0.1"], "data.batch is 8, larger than the data: world_entailment, train, has 5 samples"),
     (["adaptation.steps=2", "adaptation.batch=64"], "adaptation.batch is 64, larger than the data: world_entailment, texts"),
+    (["adaptation.steps=2", "adaptation.tune=[nothing*]"], "adaptation.tune: 'nothing*' matches no parameter"),
     (["data.task=world_entailmen"], "data: task 'world_entailmen': expected one of"),
     (["teacher.model=./nothing"], "teacher: "),
     (["student.model=world", "student.pretrained=openai"], "student.pretrained: 'openai', expected null"),

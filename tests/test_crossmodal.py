@@ -350,6 +350,8 @@ def damaged(case, folder, tmp_path):
         tiny.save_hf(made, "clip")
     if case == "no processor":
         (made / "preprocessor_config.json").unlink()
+    if case == "no words":
+        (made / "tokenizer.json").unlink()
     if case in ("cut", "no weights"):
         path = made / "model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
@@ -376,6 +378,7 @@ def damaged(case, folder, tmp_path):
         ("no configuration", "config.json is missing"),
         ("other model", "model_type is 'clip'; expected a cross-modal model: vilt"),
         ("no processor", "preprocessor_config.json"),
+        ("no words", "its tokenizer knows no words: tokenizer.json and vocab.txt are missing or empty"),
         ("size", "its image processor makes images of 36, expected a multiple of the patch, 8"),
         ("cut", "model.safetensors: truncated or damaged"),
         ("no weights", "no file named model.safetensors"),

@@ -71,8 +71,8 @@ def test_a_student_is_asked_once(home, run, tmp_path, monkeypatch):
     assert "label=neutral" not in printed and "label=neutral" in run("--model", home / "a", *ASKED, "--all")
     monkeypatch.setattr(task_command, "evaluate_task", lambda *_, **__: pytest.fail("it was asked again"))
     assert run("--model", home / "a", *ASKED) == printed
-    for other in (["--precision", "bf16"], ["--split", "dev"]):
-        with pytest.raises(ConfigError, match="result.json is of another .*; name another folder, or delete it"):
+    for other, says in ((["--precision", "bf16"], '"bf16"'), (["--split", "dev"], r'"shift", "dev"\]')):
+        with pytest.raises(ConfigError, match=f"of another scorer: .*{says}.*; name another folder, or delete it"):
             run("--model", home / "a", *ASKED, *other)
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         run("--model", home / "a", *ASKED, "--precision", "bf16", "--output", "half")
@@ -126,6 +126,13 @@ def test_a_mistake_is_one_error(model, words, says, home, run, tmp_path):
     with pytest.raises(ConfigError, match=says):
         run("--model", home / model, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_asked(home, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_command, "evaluate_task", lambda *_, **__: pytest.fail("it was asked"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="^file/.*/world_entailment: Not a directory"):
+        run("--model", home / "a", *ASKED, "--output", "file")
 
 
 @pytest.mark.slow

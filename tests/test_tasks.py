@@ -84,6 +84,8 @@ def test_snli_ve_as_released(snli_ve):
         ({"gold_label": "neutral", "pairID": "new", "sentence2": "x"}, "no field 'Flickr30K_ID'"),
         (entailed("new", "neutral") | {"sentence2": " "}, "sentence2 is ' '"),
         ([], "an object expected"),
+        (entailed("new", "neutral") | {"sentence2": "a \ud800 ring"}, "not Unicode: half a character in "),
+        (entailed("new", "neutral", name="a\0b"), "images are not in"),
     ],
 )
 def test_snli_ve_refuses(snli_ve, row, says):
@@ -102,6 +104,8 @@ def test_what_is_not_there_is_named(snli_ve, tmp_path):
     refused("snli_ve", snli_ve, "elsewhere does not exist", images=snli_ve / "elsewhere")
     (snli_ve / "snli_ve_dev.jsonl").write_text("{\n")
     refused("snli_ve", snli_ve, "snli_ve_dev.jsonl: row 1: not JSON")
+    (snli_ve / "snli_ve_dev.jsonl").write_text("1" * 5000)
+    refused("snli_ve", snli_ve, "snli_ve_dev.jsonl: row 1: not JSON")
     (snli_ve / "snli_ve_dev.jsonl").unlink()
     refused("snli_ve", snli_ve, "expected the file snli_ve_dev.jsonl")
 
@@ -112,15 +116,22 @@ def test_what_is_not_there_is_named(snli_ve, tmp_path):
         ("snli_ve", "images", 3, "images is 3, expected text"),
         ("vqa_v2", "min_count", "9", "min_count is the text '9', expected a whole number"),
         ("vqa_v2", "min_count", True, "min_count is true, expected a whole number"),
-        ("vqa_v2", "answers", ["yes"], r'answers is \["yes"\], expected text'),
+        ("vqa_v2", "answers", ["yes"], 'answers is ["yes"], expected text'),
         ("vqa_v2", "template", None, "template is null, expected text"),
+        ("vqa_v2", "template", "{answer}", "template is '{answer}', expected a text with {choice}"),
+        ("vqa_v2", "template", "{", "template is '{', expected a text with {choice}"),
+        ("vqa_v2", "template", "{text:d} {choice}", "template is '{text:d} {choice}', expected a text with {choice}"),
+        ("vqa_v2", "template", "{text}", "template is '{text}', expected a text with {choice}"),
+        ("world_questions", "name", "x", "unknown option 'name', expected one of seed, sizes"),
+        ("snli_ve", "folder", "x", "unknown option 'folder', expected one of images"),
         ("world_questions", "seed", 0.5, "seed is 0.5, expected a whole number"),
+        ("world_questions", "seed", 2**64, "seed is 18446744073709551616, expected an integer of 64 bits"),
         ("world_questions", "sizes", 40, "sizes is 40, expected keys with values"),
         ("world_questions", "sizes", {"test": True}, "sizes: 'test', expected a size of at least 1"),
     ],
 )
 def test_an_option_of_another_kind_is_named(snli_ve, name, option, value, says):
-    with pytest.raises(ConfigError, match=f"task {name}: {says}"):
+    with pytest.raises(ConfigError, match=re.escape(f"task {name}: {says}")):
         load_task(name, None if name.startswith("world") else snli_ve, **{option: value})
 
 
@@ -428,9 +439,23 @@ def test_shift_by_a_field(vcr):
         ({"by": "movie"}, "or a share"),
         ({"by": "movie", "share": 1.0}, "share 1.0"),
         ({"by": "movie", "test": ["A", "B", "C"]}, "train on"),
+        ({"by": "part", "train": ["answer"]}, "'train-0' has a part on each side"),
     ):
         with pytest.raises(ConfigError, match=re.escape(says)):
             shift_by(task, **options)
+
+
+def test_a_shift_that_is_asked_takes_the_place_of_a_tasks_own():
+    task = load_task("world_entailment", sizes=dict.fromkeys(("train", "dev", "test", "dev_shift", "shift"), 12))
+    shifted = shift_by(task, "label", test=["neutral"])
+    labels = {split: {e.about["label"] for e in of} for split, of in shifted.splits.items()}
+    ours, theirs = {"entailment", "contradiction"}, {"neutral"}
+    assert labels == {"train": ours} | {s: ours for s in ("dev", "test", "shift")} | {
+        f"{s}_shift": theirs for s in ("dev", "test", "shift")
+    }
+    assert ids(shifted, "dev_shift") < ids(task, "dev")
+    with pytest.raises(ConfigError, match="no example is left to test on"):
+        shift_by(task, "label", test=[])
 
 
 def test_shift_by_lists(vcr, vqa):
@@ -469,5 +494,7 @@ def test_open_task_takes_a_part_and_names_the_section():
     assert [e.id for e in other.splits["train"]] != ids and other.splits["test"] == task.splits["test"]
     with pytest.raises(ConfigError, match="^data: task 'nothing': expected one of"):
         open_task(TaskDataConfig(task="nothing"))
+    with pytest.raises(ConfigError, match="^data.options: 1, expected the name of an option"):
+        open_task(TaskDataConfig(options={1: 2}))
     with pytest.raises(ConfigError, match="^data.shift: shift by form: no example has 'odd'"):
         open_task(replace(data, shift=ShiftConfig(by="form", train=("odd",))))

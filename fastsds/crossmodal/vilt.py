@@ -87,6 +87,8 @@ def make(config, processor, tokenizer, where: str) -> Vilt:
         raise ConfigError(f"{where}: preprocessor_config.json rescales by {processor.rescale_factor}, expected 1/255")
     if tokenizer is not None and not tokenizer.is_fast:
         raise ConfigError(f"{where}: its tokenizer is not of the fast kind, which knows where a token lies in the text")
+    if tokenizer is not None and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up
+        raise ConfigError(f"{where}: its tokenizer knows no words: tokenizer.json and vocab.txt are missing or empty")
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ConfigError(f"{where}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     config.architectures, config.dtype = ["ViltModel"], torch.float32  # what is saved, whatever was read

@@ -60,11 +60,17 @@ def answered(asked: argparse.Namespace, task: Task, model: str, place: torch.dev
         raise ConfigError(f"model {model}, task {task.name}: {error}") from error
     name = named.called(model)
     settings = {"weights": weights_digest(student), "precision": asked.precision, "splits": splits}
-    about = {"suite": task.name, "fingerprint": fingerprint(task, splits), "scorer": {"name": name, "settings": settings}}
+    about = {"suite": task.name, "scorer": {"name": name, "settings": settings}, "fingerprint": fingerprint(task, splits)}
     folder = asked.output / named.folder(name) / task.name
 
     def before() -> Result | None:
-        if ranks.rank or not (folder / RESULT).is_file():
+        if ranks.rank:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: {error.strerror}") from error
+        if not (folder / RESULT).is_file():
             return None
         check_same(folder / RESULT, about)
         return load_result(folder)

@@ -38,7 +38,11 @@ class Shards:
     def plan(cls, folder: Path, about: dict, rows: int, size: int) -> "Shards":
         """What `create` gives, with nothing written. Raises: as `create`."""
         planned = cls(folder, json.loads(json.dumps(about)), rows, size)
+        orphans = len(planned.missing()) < len(planned)  # looked for first: another process writes its index before any shard
         if not (planned.folder / INDEX).exists():
+            if orphans:
+                said = f"shards, but no {INDEX} that says what they are of"
+                raise ConfigError(f"{folder}: {said}; name another folder, or delete it")
             return planned
         found = cls.open(folder)
         found.check(planned)
@@ -48,6 +52,7 @@ class Shards:
     def create(cls, folder: Path, about: dict, rows: int, size: int) -> "Shards":
         """Start a folder, or go on with one that holds the same. Raises: ConfigError that names the first difference."""
         folder = Path(folder)
+        cls.plan(folder, about, rows, size)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / INDEX).exists():
@@ -66,7 +71,7 @@ class Shards:
         path = Path(folder) / INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            return cls(folder, index["about"], index["rows"], index["size"])
+            return cls(folder, {**index["about"]}, index["rows"], index["size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: no index that can be read: {error}") from error
 
@@ -132,11 +137,10 @@ class Shards:
         """Rows of a tensor, in the order asked. Shapes: rows [b] -> [b, ...]; with column [b] the rows' entries there."""
         shards, inside, found = rows // self.size, rows % self.size, None
         if len(of := set(shards.tolist())) == 1:
-            return self._shard(*of).get_tensor(name)[inside if column is None else (inside, column)]
+            return self._part(*of, name, inside if column is None else (inside, column))
         for shard in sorted(of):
             mine = shards == shard
-            at = inside[mine] if column is None else (inside[mine], column[mine])
-            part = self._shard(shard).get_tensor(name)[at]  # mapped from the file: what is not indexed is not read
+            part = self._part(shard, name, inside[mine] if column is None else (inside[mine], column[mine]))
             found = part.new_empty(len(rows), *part.shape[1:]) if found is None else found
             found[mine] = part
         return found
@@ -144,18 +148,19 @@ class Shards:
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard_{shard:05d}.safetensors"
 
-    def _shard(self, shard: int):
-        if shard not in self._open:
-            from safetensors import SafetensorError, safe_open
+    def _part(self, shard: int, name: str, at) -> torch.Tensor:
+        """Entries of a shard's tensor. Mapped from the file: what is not indexed is not read."""
+        from safetensors import SafetensorError, safe_open
 
-            path = self._path(shard)
-            try:
+        path = self._path(shard)
+        try:
+            if shard not in self._open:
                 self._open[shard] = safe_open(path, "pt")
-            except FileNotFoundError as error:
-                raise ConfigError(f"{path} is missing") from error
-            except SafetensorError as error:
-                raise ConfigError(f"{path}: damaged: {error}; delete it, and the same build writes it anew") from error
-        return self._open[shard]
+            return self._open[shard].get_tensor(name)[at]
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is missing") from error
+        except (SafetensorError, IndexError, OSError) as error:
+            raise ConfigError(f"{path}: damaged: {error}; delete it, and the same build writes it anew") from error
 
 
 def rows_a_shard(a_row: int, chunk: int, rows: int) -> int:

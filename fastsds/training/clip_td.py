@@ -146,4 +146,7 @@ def adapt(recipe: CLIPTDRecipe, made: Recipe, place: torch.device, rank: int, wo
     task = open_task(recipe.data, recipe.seed)
     source = captioned(task, task.splits[TRAIN], recipe.data.workers)
     named = f"{recipe.data.task}, texts that are true of an image of {TRAIN},"
-    return SDSCLIPTraining(made, place, rank, world_size, source, "adaptation.batch", named)
+    try:
+        return SDSCLIPTraining(made, place, rank, world_size, source, "adaptation.batch", named)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("student.tune", "adaptation.tune")) from error  # the user's own key

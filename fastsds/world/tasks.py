@@ -121,6 +121,8 @@ def load(name: str, seed: int = 0, sizes: dict[str, int] | None = None) -> Task:
     """Make a task. Args: sizes: examples by split (of world_choice: questions, two examples each), beside `SIZES`'s."""
     if unknown := [s for s, n in (sizes or {}).items() if s not in SIZES or type(n) is not int or n < 1]:
         raise ConfigError(f"task {name}: sizes: {unknown[0]!r}, expected a size of at least 1 for some of {', '.join(SIZES)}")
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"task {name}: seed is {seed}, expected an integer of 64 bits")
     make = {"world_entailment": _entailment, "world_questions": _questions, "world_choice": _choice}[name]
     splits = {s: make(_Draws(name, s, seed, n)) for s, n in (SIZES | (sizes or {})).items()}
     if name == "world_entailment":

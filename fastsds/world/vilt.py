@@ -31,7 +31,7 @@ def train_vilt(folder: Path, seed: int, log, steps: int) -> None:
     config, processor, tokenizer = models.vilt_parts()
     model, hp, source = models.vilt(config), SETTINGS, WorldSource(seed=seed)
     vilt.in_order(model)
-    student = CrossModal(model, vilt.make(config, processor, tokenizer, "vilt"), classes=2)
+    student = CrossModal(model, vilt.make(config, processor, tokenizer, "vilt"), answers=2)
     log(f"vilt: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {hp['batch']}")
     _name(student, source, log, round(hp["naming"] * steps))
     words = torch.nn.Linear(config.hidden_size, len(tokenizer))

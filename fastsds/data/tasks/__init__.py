@@ -153,7 +153,7 @@ class Task:
         return Images(listing, "first", workers=workers)
 
 
-def load_task(name: str, folder=None, **options) -> Task:
+def load_task(name: str, folder=None, /, **options) -> Task:
     """Read a task from where it lies; no image is decoded. The world's tasks are made, and take no folder.
 
     Raises: ConfigError that names the task, or option, or the file and row, and what was expected.

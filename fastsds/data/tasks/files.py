@@ -1,6 +1,7 @@
 """What the tasks' loaders do: read JSON, check a row's fields, find its image. Every error names file and row."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from fastsds.config import ConfigError
 from fastsds.progress import watched
 
 SHOWN = 10  # rows that an error lists
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of which two make a character
 _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 
 
@@ -102,7 +104,7 @@ class ImageFiles:
             path, size = self.folder / name, 0
             try:
                 size = path.stat().st_size
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a name that no file can have
                 self.missing[name] = where
             self._found[name] = ImageRef(name, where, path.read_bytes, size)
         return self._found[name]
@@ -119,9 +121,16 @@ class ImageFiles:
 
 def _parsed(text: str, where: str):
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
+    if _HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[max(0, error.start - 20) : error.start + 1]
+            raise ConfigError(f"{where}: not Unicode: half a character in {half!r}") from error
+    return found
 
 
 def _kind(found) -> str:

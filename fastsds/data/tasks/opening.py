@@ -12,6 +12,8 @@ def open_task(data: TaskDataConfig, seed: int = 0) -> Task:
 
     Raises: ConfigError that names the section, and what is wrong in it: a file and row, an option, a value.
     """
+    if other := [option for option in data.options if not isinstance(option, str)]:
+        raise ConfigError(f"data.options: {other[0]!r}, expected the name of an option")
     try:
         task = load_task(data.task, data.folder, **data.options)
     except ConfigError as error:

@@ -57,10 +57,10 @@ def shift_by(
     """Return the task trained on some values of a field of `about`, and tested on others.
 
     `train` keeps the values of train; every other split S keeps them as S, and those of test as S_shift. Where S then has
-    none of train's, there is no S.
+    none of train's, there is no S. A split S_shift that a task has of its own (the world's dev_shift) gives way to this one.
     Args: train, test: values; one that is None has all that the other lacks. share: in place of both, the share of values that
         are drawn for train.
-    Raises: ConfigError for a value that no example has, one on both sides, or a side without examples.
+    Raises: ConfigError for a value that no example has, one on both sides, a unit on both, or a side without examples.
     """
     values = {str(e.about[by]) for examples in task.splits.values() for e in examples if by in e.about}
     if not values:
@@ -81,8 +81,15 @@ def shift_by(
         raise ConfigError(f"shift by {by}: no example has {unknown[0]!r}; found {', '.join(sorted(values)[:10])}, ...")
     if both := sorted(ours & theirs):
         raise ConfigError(f"shift by {by}: {both[0]!r} is both in train and in test")
-    splits = {}
+    side_of: dict[str, tuple[bool, bool]] = {}
+    for e in (e for examples in task.splits.values() for e in examples):
+        said = str(e.about[by]) if by in e.about else None
+        if side_of.setdefault(task.unit(e), side := (said in ours, said in theirs)) != side:
+            raise ConfigError(f"shift by {by}: {task.unit(e)!r} has a part on each side; expected a field that its parts share")
+    splits, own = {}, {f"{split}_shift" for split in task.splits}
     for split, examples in task.splits.items():
+        if split in own:
+            continue
         sides = {split: ours} if split == TRAIN else {split: ours, f"{split}_shift": theirs}
         splits |= {name: [e for e in examples if by in e.about and str(e.about[by]) in side] for name, side in sides.items()}
     splits = {name: examples for name, examples in splits.items() if examples}

@@ -71,6 +71,12 @@ def load(
         training questions above min_count. template: see `Questions`.
     Raises: ConfigError that names file and row, also where questions and annotations do not match.
     """
+    try:
+        said = {template.format(text="a", choice=choice) for choice in "bc"}
+    except (LookupError, ValueError, AttributeError):
+        said = set()
+    if len(said) < 2:
+        raise ConfigError(f"task {name}: template is {template!r}, expected a text with {{choice}} and, if wanted, {{text}}")
     files = ImageFiles(folder if images is None else Path(images))
     seen, read = {}, {}
     for split, (questions, annotations, coco) in FILES[name].items():
