@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     experiment, began = parse(argv), time.monotonic()
     made = plan(experiment)
+    if experiment.trains_tasks:
+        files.check_data(experiment)
     line = "" if experiment.trains_tasks else first_line(experiment)
     print(line or f"CLIP-TD, arms: {', '.join(experiment.said.arms)}", flush=True)
     import torch

@@ -101,6 +101,7 @@ def test_sizes_are_fractions(file, tmp_path):
     ("against: [plain]", "against: [pretrained]", "arms.weight.against: pretrained: a start, whose head is new"),
     ("  vilt: {}", "  vilt: {pretrain: [python, x, '{folder}']}", "pretrain; expected none with recipes of clip_td"),
     ("pairs: [0.25, 1.0]", "pairs: [0.25, 2.0]", "data.fraction is 2.0; expected greater than 0 and at most 1"),
+    ("pairs: [0.25, 1.0]", "pairs: [0.1, 1.0]", "data.batch is 8, larger than the data: world_entailment, train, has 5 sam"),
     ("plain: {label: fine-tuning,", "plain: {recipe: null, label: fine-tuning,", None),
 ])  # fmt: skip
 def test_a_mistake_names_file_and_key(old, new, says, file, tmp_path, capsys, monkeypatch):
@@ -139,7 +140,8 @@ def test_targets_are_shared_by_what_asks_the_same(tmp_path):
 @pytest.mark.parametrize("name", ["clip_td", "demo_clip_td"])
 def test_the_shipped_files(name, tmp_path):
     made = files.load(files.find(name), tmp_path)
-    assert made.trains_tasks and not files.missing(made)
+    files.check_data(made)
+    assert made.trains_tasks
     arms = {arm: made.recipe("vilt", 0.01, arm) for arm in made.said.arms}
     assert list(arms) == ["plain", "naive", "selection", "weight", "adaptation"]
     assert all(isinstance(recipe, CLIPTDRecipe) for recipe in arms.values())
@@ -160,3 +162,6 @@ def test_the_demo_takes_a_recipe(tmp_path):
     )
     with pytest.raises(ConfigError, match="--items is of the world's test items"):
         demo.parse(["--recipe", recipe, "--items", "3"])
+    with pytest.raises(ConfigError, match="before this can run:\n.*no such folder: .*snli_ve"):
+        demo.main(["--recipe", str(CONFIGS / "clip_td_snli_ve.yaml"), "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()

@@ -1,7 +1,7 @@
 """A cross-modal student on disk: a transformers folder, and head.safetensors beside it, which transformers leaves alone.
 
-head.safetensors: "head.*", and "projections.*" or whatever else a recipe hung on the student; metadata: the classes,
-and their names, as a JSON list, where they have some.
+head.safetensors: "head.*", and "projections.*" or whatever else a recipe hung on the student; metadata: the classes
+as JSON, a list of their names or their number.
 """
 
 import json
@@ -33,7 +33,7 @@ def save_crossmodal(weights: dict[str, torch.Tensor], model: CrossModal, folder:
     inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     rest = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     write_whole(folder / WEIGHTS_FILE, lambda path: save_file(inner, path, metadata={"format": "pt"}))
-    says = {"classes": str(model.classes)} | ({"answers": json.dumps(model.answers)} if model.answers else {})
+    says = {"classes": json.dumps(model.answers or model.classes)}
     write_whole(folder / HEAD_FILE, lambda path: save_file(rest, path, metadata=says))
 
 
@@ -58,17 +58,14 @@ def read_head(folder: Path) -> SavedHead | None:
     if not (path := Path(folder) / HEAD_FILE).is_file():
         return None
     with open_safetensors(path) as file:
-        says = file.metadata() or {}
+        says = (file.metadata() or {}).get("classes", "")
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if not (classes := says.get("classes", "")).isdigit():
-        raise ConfigError(f"{path}: not the head of a cross-modal student (expected classes in its metadata)")
-    if "answers" not in says:
-        return SavedHead(int(classes), state)
     try:
-        answers = json.loads(says["answers"])
+        answers = json.loads(says)
     except ValueError:
         answers = None
-    named = isinstance(answers, list) and all(isinstance(name, str) for name in answers)
-    if not named or len(answers) != int(classes):
-        raise ConfigError(f"{path}: its metadata's answers are not the names of {classes} classes")
-    return SavedHead(tuple(answers), state)
+    if isinstance(answers, list) and answers and all(isinstance(name, str) for name in answers):
+        return SavedHead(tuple(answers), state)
+    if type(answers) is int and answers >= 0:
+        return SavedHead(answers, state)
+    raise ConfigError(f"{path}: not the head of a cross-modal student (expected its classes, as JSON, in the metadata)")

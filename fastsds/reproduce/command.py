@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from fastsds import figures, jobs, tables
-from fastsds.config import ConfigError
 from fastsds.engine import device
 from fastsds.jobs import Job
 from fastsds.progress import clock
@@ -41,8 +40,8 @@ def main(argv: list[str]) -> int:
     look(made)
     if asked.dry_run:
         print("\n".join(overview(made)))
-    if any(job.results is None for job in made.jobs) and (absent := files.missing(experiment)):
-        raise ConfigError("before this can run:" + "".join(f"\n  {line}" for line in absent))
+    if any(job.results is None for job in made.jobs):
+        files.check_data(experiment)
     if asked.dry_run:
         return 0
     import torch

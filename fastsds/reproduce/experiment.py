@@ -13,6 +13,7 @@ from pathlib import Path
 from fastsds.config import CONFIGS, AnyRecipe, CLIPTDRecipe, ConfigError, Over, Recipe, as_dict, check, load_recipe
 from fastsds.data.tasks import Task
 from fastsds.data.tasks.opening import open_task
+from fastsds.data.tasks.subsets import TRAIN, low_shot
 from fastsds.evaluation.suite import Suite, load_suite
 from fastsds.evaluation.tasks import measures_of
 from fastsds.reproduce.file import ALL, OWN, PATHS, START, Reproduction, check_file, only_of, trained
@@ -31,6 +32,7 @@ class Experiment:
     overrides: tuple[str, ...] = ()
     _read: dict[str | None, AnyRecipe] = field(default_factory=dict, repr=False, compare=False)
     _tasks: dict[str, Task] = field(default_factory=dict, repr=False, compare=False)
+    _sizes: dict[tuple[str, float], int] = field(default_factory=dict, repr=False, compare=False)
 
     def pretrain(self, backbone: str, arm: str | None = None) -> tuple[str, ...]:
         """The command that makes where an arm starts (None: most arms)."""
@@ -89,6 +91,15 @@ class Experiment:
         if (key := digest(task_settings(recipe))) not in self._tasks:
             self._tasks[key] = open_task(data, recipe.seed)
         return self._tasks[key]
+
+    def check_batch(self, recipe: CLIPTDRecipe) -> None:
+        """Raise a ConfigError where a batch is larger than the training examples that a recipe keeps."""
+        key, data = (digest(task_settings(recipe)), recipe.data.fraction), recipe.data
+        if key not in self._sizes:
+            self._sizes[key] = len(low_shot(self.task(recipe), data.fraction, recipe.seed).splits[TRAIN])
+        if data.batch > self._sizes[key]:
+            found = f"data.batch is {data.batch}, larger than the data: {data.task}, {TRAIN}, has {self._sizes[key]} samples"
+            raise ConfigError(f"{self.file}: {found} at data.fraction {data.fraction}")
 
     def measures(self, name: str) -> Iterable[str]:
         """The metrics of a section. Raises: ConfigError."""
@@ -193,12 +204,20 @@ def _check_task(experiment: Experiment, backbone: str, pairs, arm: str, recipe: 
         raise ConfigError(f"{file}: arms.{arm}.same_time_as: steps is 0, and takes no time; expected at least 1")
 
 
+def check_data(experiment: Experiment) -> None:
+    """Raise a ConfigError with all that is missing."""
+    if found := missing(experiment):
+        raise ConfigError("before this can run:" + "".join(f"\n  {line}" for line in found))
+
+
 def missing(experiment: Experiment) -> list[str]:
     """What the file names and this disk does not hold, or holds wrongly: one line each."""
     found = {}
     for one in trained(experiment.said):
         try:
-            check(experiment.recipe(*one))
+            check(recipe := experiment.recipe(*one))
+            if experiment.trains_tasks:
+                experiment.check_batch(recipe)
         except ConfigError as error:
             found[str(error)] = None
     for name in experiment.said.evaluation:
