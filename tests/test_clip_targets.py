@@ -268,11 +268,21 @@ def test_an_image_that_changed_on_the_disk_is_named(models, tmp_path):
         read(cache, task, [3, 5, 11])
 
 
-def test_k_larger_than_the_tokens_names_the_row(models, tmp_path):
+def test_k_larger_than_the_tokens_names_the_row(models, tmp_path, monkeypatch):
     teacher, student, _ = models
-    task = released(tmp_path / "data")
+    task = released(tmp_path / "data", 72)
     cache = TargetCache(tmp_path / "t", task, task.splits["train"], teacher, student, Selection(k=6))
     with pytest.raises(ConfigError, match="^train0, text: k is 6, but "):
+        cache.build()
+    assert not (tmp_path / "t").exists()  # so that a lower k may have it
+    long = [replace(e, text="a red ring is left of a blue square, and nothing else is there") for e in task.splits["train"]]
+    long[-1] = replace(long[-1], id="last", text="a ring")
+    cache = TargetCache(tmp_path / "t", task, long, teacher, student, Selection(k=4))
+    monkeypatch.setattr(cache, "_ask", lambda *_: pytest.fail("CLIP was asked before all texts were counted"))
+    with pytest.raises(ConfigError, match="^last, text: k is 4, but "):
+        cache.build()
+    cache = TargetCache(tmp_path / "t", task, long[:8], teacher, student, Selection(k=student.grid[0] ** 2 + 1))
+    with pytest.raises(ConfigError, match="^train0, (text|visual): k is "):
         cache.build()
 
 

@@ -23,6 +23,7 @@ from fastsds.config import ConfigError
 from fastsds.crossmodal import CrossModal
 from fastsds.data import Samples, Source
 from fastsds.data.tasks import Example, Task
+from fastsds.progress import watched
 from fastsds.recipes import clip_td
 from fastsds.recipes.clip_td import TeacherTargets
 from fastsds.recipes.clip_tokens import ClipTokens, tokenizer_digest
@@ -30,6 +31,7 @@ from fastsds.recipes.head import weights_digest
 from fastsds.teacher.shards import Shards, fill, rows_a_shard
 
 CHUNK = 64  # examples a call of CLIP
+COUNTED = 1000  # texts a call of the tokenizer
 TEXTS = 50_000  # prompts whose features are kept
 SELECTIONS = ("all", "pooled", "targeted")
 
@@ -93,6 +95,7 @@ class TargetCache:
         free = shutil.disk_usage(next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())).free
         if needed > free:
             raise ConfigError(f"{self.folder}: {free / 2**20:,.0f} MiB free, its targets need up to {needed / 2**20:,.0f}")
+        self._check_k()
         self.shards = Shards.create(self.folder, self.about, len(self.examples), self.size)
         source = self.task.source(self.examples, workers)
         fill(self.shards, partial(self._ask, source), CHUNK, "CLIP's targets", rank, world, join=_joined)
@@ -113,13 +116,29 @@ class TargetCache:
         back = order.argsort()
         return TeacherTargets(*(_joined([self.shards.read(name, x) for x in parts])[back] for name in TeacherTargets._fields))
 
+    def _check_k(self) -> None:
+        """Raise a ConfigError for the first example, of those that are still to be asked about, of which the student has fewer
+        than k words or patches: before a folder is begun with that k, and not hours later. CLIP may have still fewer: `_ask`.
+        """
+        if (k := self.selection.k) is None:
+            return
+        rows = [row for shard in self.shards.missing() for row in self.shards.span(shard)]
+        patches = math.prod(self.student.grid)
+        for first in watched(range(0, len(rows), COUNTED), f"counting words, {COUNTED:,} texts at a time"):
+            examples = [self.examples[row] for row in rows[first : first + COUNTED]]
+            said = [sum(map(bool, spans)) for spans in self.student.spans([_asked(e) for e in examples])]
+            for e, words in zip(examples, said, strict=True):
+                for side, there in (("text", words), ("visual", patches)):
+                    if there < k:
+                        raise clip_td.too_few(f"{e.id}, {side}", k, there)
+
     def _ask(self, source: Source, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of the cache. Shapes: int64 [n]."""
         if int(rows[0]) % self.size == 0:  # the same bits whoever fills a shard, and whatever came before it: a text's features
             self._texts.clear()  # depend on the batch that it is encoded in, in the last ones
         examples = [self.examples[row] for row in rows.tolist()]
         samples = source.load_rows(rows, self.teacher.image_size)
-        texts = [clip_td.reads(e)[e.target if e.choices else 0] for e in examples]
+        texts = [_asked(e) for e in examples]
         place = self.teacher.device
         found = self.teacher(samples.pixels.to(place), self.teacher.tokenize(texts).to(place))
         self._texts.update(zip(texts, F.normalize(found.pooled_text, dim=-1), strict=True))
@@ -160,6 +179,11 @@ class TargetCache:
         if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
             self._texts.update(zip(new, self.teacher.encode_texts(new), strict=True))
         return torch.stack([self._texts[text] for text in texts])
+
+
+def _asked(example: Example) -> str:
+    """The text whose tokens are distilled: with choices, that of the right one."""
+    return clip_td.reads(example)[example.target if example.choices else 0]
 
 
 def captioned(task: Task, examples: Sequence[Example], workers: int = 0) -> Source:

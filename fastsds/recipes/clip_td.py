@@ -125,14 +125,17 @@ def choose(
         ranked, order = relevance.masked_fill(~there, -math.inf).sort(dim=1, descending=True, stable=True)
         if k is not None:
             if (short := (counts < k).nonzero()).numel():
-                b = int(short[0])
-                raise ConfigError(f"{names[b]}: k is {k}, but {int(counts[b])} of its tokens can be chosen; expected a lower k")
+                raise too_few(names[b := int(short[0])], k, int(counts[b]))
             counts = torch.full_like(counts, k)
         else:
             shares = torch.where(there.any(1, keepdim=True), (scale * ranked.double()).softmax(1), 0.0)
             counts = torch.minimum(counts, (shares.cumsum(1) < mass - MASS_SLACK).sum(1) + 1)
     places = torch.arange(max(1, int(counts.max())), device=there.device)
     return order[:, : len(places)].where(places < counts[:, None], -1)
+
+
+def too_few(name: str, k: int, there: int) -> ConfigError:
+    return ConfigError(f"{name}: k is {k}, but {there} of its tokens can be chosen; expected a lower k")
 
 
 def unit_mean_square(x: torch.Tensor) -> torch.Tensor:
