@@ -113,7 +113,8 @@ def coco_of(*, images=({"id": 1, "file_name": "a.jpg"},), annotations=({"id": 1,
 
 
 BAD_JSON = {
-    "no JSON": ("{", "not a JSON file"),
+    "no JSON": ("{", "not JSON"),
+    "half a character": (coco_of(annotations=[{"id": 1, "image_id": 1, "caption": "a \ud83d"}]), "not Unicode: half a char"),
     "another kind": ({"data": []}, r"expected COCO captions \(images, annotations\), Karpathy's"),
     "no images": (coco_of(images=[], annotations=[]), "no images with captions"),
     "no file name": (coco_of(images=[{"id": 1}]), r"images\[0\]: file_name is missing"),

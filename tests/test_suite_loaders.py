@@ -144,6 +144,8 @@ def test_winoground_refuses_what_is_wrong(tmp_path):
     refuses("examples.jsonl: line 2: not JSON", "winoground", tmp_path)
     file.write_text('{"id": 0, "id": 1}')
     refuses("examples.jsonl: line 1: 'id' is there twice", "winoground", tmp_path)
+    file.write_text('{"id": "a \\ud83d ring"}')
+    refuses("examples.jsonl: line 1: not Unicode: half a character in ", "winoground", tmp_path)
     file.write_text("\n")
     refuses("no examples in it", "winoground", tmp_path)
     file.write_bytes(b'{"id": "\xff"}')

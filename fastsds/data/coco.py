@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.data import rows
 from fastsds.data.images import Listing, of_files, texts
 
 TRAINED = ("train", "restval")  # what Karpathy's split trains on
@@ -21,11 +22,7 @@ def read_json(path: Path, images: Path | None = None, split: str | None = None) 
         without them. split: of a dataset_*.json; None: train and restval.
     Raises: ConfigError that names the file and the entry.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a JSON file: {error}") from error
-    said = None
+    found, said = rows.read_json(path), None
     if isinstance(found, list):
         said = _pairs(path, found)
     elif isinstance(found, dict) and isinstance(entries := found.get("images"), list):
@@ -53,13 +50,13 @@ def _annotations(path: Path, entries: list, annotations) -> dict[str, list[str]]
             raise ConfigError(f"{path}: images[{i}]: id {number} is there twice")
         names[number] = name
         said.setdefault(name, [])
-    rows = []
+    found = []
     for i, entry in enumerate(annotations):
         number, image = (_get(path, "annotations", i, entry, key, int) for key in ("id", "image_id"))
         if image not in names:
             raise ConfigError(f"{path}: annotations[{i}]: image_id {image} is none of images")
-        rows.append((number, image, _get(path, "annotations", i, entry, "caption", str)))
-    for _, image, caption in sorted(rows, key=lambda row: row[0]):
+        found.append((number, image, _get(path, "annotations", i, entry, "caption", str)))
+    for _, image, caption in sorted(found, key=lambda row: row[0]):
         said[names[image]].append(caption)
     return said
 

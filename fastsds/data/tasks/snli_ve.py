@@ -10,8 +10,9 @@ Source: Xie et al. 2019, arXiv 1901.06706; github.com/necla-ml/SNLI-VE.
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, unique
 from fastsds.data.tasks import Example, Task
-from fastsds.data.tasks.files import ImageFiles, need, read_lines, unique, value
+from fastsds.data.tasks.files import ImageFiles, need, read_lines
 
 CLASSES = ("entailment", "neutral", "contradiction")
 IDS = ("Flickr30K_ID", "Flikr30kID")  # of the two releases
@@ -53,7 +54,7 @@ def load(name: str, folder: Path, images: Path | None = None) -> Entailment:
 def _read(path: Path, files: ImageFiles, seen: dict) -> tuple[list[Example], int]:
     examples, undecided = [], 0
     for where, row in read_lines(path):
-        label, pair = value(where, row, "gold_label", str), value(where, row, "pairID", str)
+        label, pair = field(where, row, "gold_label", str), field(where, row, "pairID", str)
         unique(seen, pair, where, "pairID")
         if label == UNDECIDED:
             undecided += 1
@@ -61,9 +62,9 @@ def _read(path: Path, files: ImageFiles, seen: dict) -> tuple[list[Example], int
         if label not in CLASSES:
             raise ConfigError(f"{where}: gold_label is {label!r}, expected {', '.join(CLASSES)} or {UNDECIDED}")
         key = next((key for key in IDS if key in row), IDS[0])
-        image = value(where, row, key, str)
+        image = field(where, row, key, str)
         image = image if image.endswith(".jpg") else image + ".jpg"
-        text = value(where, row, "sentence2", str)
+        text = field(where, row, "sentence2", str)
         examples.append(
             Example(pair, files.ref(image, where), text, (), CLASSES.index(label), {"label": label, "image": image})
         )

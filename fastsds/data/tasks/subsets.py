@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import read_json, read_text, unique
 from fastsds.data.tasks import Example, Task
-from fastsds.data.tasks.files import read_json, read_text, unique
 from fastsds.ops import Noise, Purpose, draw
 
 _MEMBER, _STRATUM, _VALUE = (draw(Purpose.ORDER, (1 << 28) - k) for k in (1, 2, 3))  # visits that no epoch reaches

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, unique
 from fastsds.data.tasks import Example, Outcomes, Task
-from fastsds.data.tasks.files import ImageFiles, need, read_lines, unique, value
+from fastsds.data.tasks.files import ImageFiles, need, read_lines
 
 PARTS = ("answer", "rationale")
 CHOICES = 4
@@ -91,15 +92,15 @@ def _name(i: int, objects: Sequence[str]) -> str:
 
 
 def _examples(where: str, row, files: ImageFiles, seen: dict) -> list[Example]:
-    question, objects = value(where, row, "annot_id", str), value(where, row, "objects", list)
+    question, objects = field(where, row, "annot_id", str), field(where, row, "objects", list)
     unique(seen, question, where, "annot_id")
     if bad := [name for name in objects if not isinstance(name, str)]:
         raise ConfigError(f"{where}: objects: names expected, found {bad[0]!r:.60}")
-    image = files.ref(value(where, row, "img_fn", str), where)
-    text = sentence(f"{where}: question", value(where, row, "question", list), objects)
-    movie, examples = value(where, row, "movie", str), []
+    image = files.ref(field(where, row, "img_fn", str), where)
+    text = sentence(f"{where}: question", field(where, row, "question", list), objects)
+    movie, examples = field(where, row, "movie", str), []
     for part in PARTS:
-        choices, label = value(where, row, f"{part}_choices", list), value(where, row, f"{part}_label", int)
+        choices, label = field(where, row, f"{part}_choices", list), field(where, row, f"{part}_label", int)
         if len(choices) != CHOICES or not 0 <= label < CHOICES:
             found = f"{len(choices)} {part}_choices, {part}_label {label}"
             raise ConfigError(f"{where}: {found}; expected {CHOICES}, and one of 0 to {CHOICES - 1}")

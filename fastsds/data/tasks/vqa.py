@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, read_json, read_text, unique
 from fastsds.data.tasks import Example, Task
 from fastsds.data.tasks.answers import PEOPLE, normalised, soft_accuracy
-from fastsds.data.tasks.files import ImageFiles, need, read_json, read_text, rows_of, unique, value
+from fastsds.data.tasks.files import ImageFiles, need, rows_of
 
 FILES = {
     "vqa_v2": {
@@ -100,13 +101,13 @@ def load(
 def _questions(path: Path, coco: str | None, files: ImageFiles, seen: dict) -> dict[int, tuple]:
     found = {}
     for where, row in rows_of(path, "questions"):
-        number, image = value(where, row, "question_id", int), value(where, row, "image_id", int)
+        number, image = field(where, row, "question_id", int), field(where, row, "image_id", int)
         unique(seen, number, where, "question_id")
-        part = coco or value(where, row, "coco_split", str)
+        part = coco or field(where, row, "coco_split", str)
         if part not in COCO:
             raise ConfigError(f"{where}: coco_split is {part!r}, expected {' or '.join(COCO)}")
         ref = files.ref(f"{part}/COCO_{part}_{image:012d}.jpg", where)
-        found[number] = (where, image, ref, value(where, row, "question", str))
+        found[number] = (where, image, ref, field(where, row, "question", str))
     if not found:
         raise ConfigError(f"{path}: no questions in it")
     return found
@@ -116,17 +117,17 @@ def _annotated(path: Path, questions: Path, asked: dict[int, tuple]) -> list[tup
     """(question_id, image, question, answers' counts, the most frequent one, about), in the order of the questions."""
     found, seen = {}, {}
     for where, row in rows_of(path, "annotations"):
-        number, image = value(where, row, "question_id", int), value(where, row, "image_id", int)
+        number, image = field(where, row, "question_id", int), field(where, row, "image_id", int)
         unique(seen, number, where, "question_id")
         if number not in asked:
             raise ConfigError(f"{where}: question_id {number} is none of {questions.name}")
         if image != asked[number][1]:
             raise ConfigError(f"{where}: image_id {image}, but {asked[number][0]} has {asked[number][1]}")
-        given = [value(f"{where}: answers[{k}]", a, "answer", str) for k, a in enumerate(value(where, row, "answers", list))]
+        given = [field(f"{where}: answers[{k}]", a, "answer", str) for k, a in enumerate(field(where, row, "answers", list))]
         if len(given) != PEOPLE:
             raise ConfigError(f"{where}: {len(given)} answers, expected {PEOPLE}")
-        about = {key: value(where, row, key, str) for key in ("question_type", "answer_type")}
-        best = normalised(value(where, row, "multiple_choice_answer", str))
+        about = {key: field(where, row, key, str) for key in ("question_type", "answer_type")}
+        best = normalised(field(where, row, "multiple_choice_answer", str))
         found[number] = (Counter(map(normalised, given)), best, about)
     if missing := next((where for number, (where, *_) in asked.items() if number not in found), None):
         raise ConfigError(f"{missing}: {len(asked) - len(found)} questions have no annotation in {path}; this is the first")

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, read_json, read_text
 from fastsds.evaluation.choice import choose
 from fastsds.evaluation.measures import Metric, by_value, over_groups, over_items
 from fastsds.evaluation.suite import Item, Suite, register
-from fastsds.evaluation.suites.files import Images, field, find, read_json, read_text
+from fastsds.evaluation.suites.files import Images, find
 
 FIELDS = ("image_path", "bbox_x", "bbox_y", "bbox_w", "bbox_h", "true_caption", "false_caption")
 SYMMETRIC = Path(__file__).with_name("symmetric_relations.txt")
@@ -62,7 +63,7 @@ def _load(
     label: Callable[[str, dict], str], counts: Callable[[str, int], bool],
 ) -> Suite:  # fmt: skip
     """Args: label: (where, row) -> what the macro mean groups by. counts: (label, its number of cases) -> is it in the mean?"""
-    rows = read_json(file)
+    rows = read_json(file, once=True)
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{file}: a list of cases expected")
     folder = Images(file.parent / "images" if images is None else Path(images))

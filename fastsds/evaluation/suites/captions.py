@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, read_json, unique
 from fastsds.evaluation.suite import ImageRef
-from fastsds.evaluation.suites.files import Images, field, read_json, unique
+from fastsds.evaluation.suites.files import Images
 
 
 class Captioned(NamedTuple):
@@ -29,7 +30,7 @@ def read_captions(file: Path, images: Path | None, split: str = "test") -> list[
         without them. split: of a dataset_*.json.
     Raises: ConfigError that names file and row.
     """
-    found = read_json(file)
+    found = read_json(file, once=True)
     if isinstance(found, list):
         said = _lists(file, found)
     elif isinstance(found, dict) and isinstance(found.get("images"), list) and "annotations" in found:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import read_text
 from fastsds.evaluation.suite import Gallery, ImageRef, register
 from fastsds.evaluation.suites.classification import class_names, first_of_each, gallery, read_templates
-from fastsds.evaluation.suites.files import png, read_text
+from fastsds.evaluation.suites.files import png
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE

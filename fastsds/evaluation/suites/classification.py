@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import read_text, unique
 from fastsds.evaluation.measures import Metric, over_groups, over_items
 from fastsds.evaluation.retrieval import Places
 from fastsds.evaluation.suite import Export, Gallery, ImageRef, Item, Query, register
-from fastsds.evaluation.suites.files import SUFFIXES, read_text, unique
+from fastsds.evaluation.suites.files import SUFFIXES
 
 TEMPLATES = ("a photo of a {}.",)
 

@@ -13,9 +13,10 @@ from io import StringIO
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import read_text, unique
 from fastsds.evaluation.measures import by_value, over_groups, over_items
 from fastsds.evaluation.suite import Item, Suite, register
-from fastsds.evaluation.suites.files import Images, find, read_text, unique
+from fastsds.evaluation.suites.files import Images, find
 from fastsds.evaluation.winoground import CHANCE, winoground
 
 COLUMNS = ("Question ID", "Type", "Statement")

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, read_json
 from fastsds.evaluation.choice import choose
 from fastsds.evaluation.measures import over_items
 from fastsds.evaluation.suite import ImageRef, Item, Suite, register
 from fastsds.evaluation.suites.captions import read_captions
-from fastsds.evaluation.suites.files import Images, field, find, read_json
+from fastsds.evaluation.suites.files import Images, find
 from fastsds.evaluation.suites.tables import Table, open_table
 from fastsds.ops import Noise, Purpose, draw
 
@@ -84,7 +85,7 @@ def _shuffled(words: list[str], keys: list[float], perturbation: str) -> list[st
 def _load(name: str, path: Path, names: tuple[str, ...], images, split: str, perturbations, seed: int) -> Suite:
     folder = None if images is None else Path(images)
     table, file = (found := open_table(path)), None if found is not None else find(path, *names)
-    rows = None if file is None else read_json(file)
+    rows = None if file is None else read_json(file, once=True)
     if table is not None:
         items = _of_table(table)
     elif isinstance(rows, list) and rows and isinstance(rows[0], dict) and "caption_options" in rows[0]:

@@ -10,10 +10,11 @@ seven categories.
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, read_json, unique
 from fastsds.evaluation.choice import choose
 from fastsds.evaluation.measures import by_value, over_groups, over_items
 from fastsds.evaluation.suite import Export, Item, Suite, register
-from fastsds.evaluation.suites.files import Images, field, find, read_json, unique
+from fastsds.evaluation.suites.files import Images, find
 
 CATEGORIES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
@@ -28,7 +29,7 @@ def load(path: Path, images: str | None = None) -> Suite:
     pictures, items = Images(Path(images)), []
     for category in CATEGORIES:
         file = find(folder, f"{category}.json")
-        rows = read_json(file)
+        rows = read_json(file, once=True)
         if not isinstance(rows, dict) or not rows:
             raise ConfigError(f"{file}: an object of items expected")
         seen: dict = {}

@@ -10,9 +10,10 @@ Outcomes text, image, group: see `evaluation/winoground.py`; all inequalities st
 from pathlib import Path
 
 from fastsds.config import ConfigError
+from fastsds.data.rows import field, parse_json, read_text, unique
 from fastsds.evaluation.measures import by_value, over_items
 from fastsds.evaluation.suite import Export, Item, Suite, register
-from fastsds.evaluation.suites.files import Images, field, read_json, read_text, unique
+from fastsds.evaluation.suites.files import Images
 from fastsds.evaluation.suites.tables import open_table
 from fastsds.evaluation.winoground import CHANCE, tied, winoground
 
@@ -31,7 +32,7 @@ def load(path: Path, images: str | None = None) -> Suite:
     else:
         file = _examples(path)
         lines = enumerate(read_text(file).splitlines(), 1)
-        rows = [(f"{file}: line {n}", read_json(file, line, f"{file}: line {n}")) for n, line in lines if line.strip()]
+        rows = [(f"{file}: line {n}", parse_json(line, f"{file}: line {n}", once=True)) for n, line in lines if line.strip()]
         folder = Images(_images(file) if images is None else Path(images), also=(".png", ".jpg", ".jpeg"))
         refs = [tuple(folder.ref(field(where, row, name, str), where) for name in IMAGES) for where, row in rows]
         folder.check(file)
