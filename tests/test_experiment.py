@@ -16,7 +16,7 @@ from fastsds.reproduce import command
 from fastsds.reproduce.experiment import SHIPPED, find, load, missing
 from fastsds.reproduce.runs import Cell, plan
 
-TASKS = ("clip_td", "clip_td_long", "clip_td_questions", "clip_td_choice", "clip_td_beta", "demo_clip_td")
+TASKS = ("clip_td", "clip_td_long", "clip_td_questions", "clip_td_choice", "clip_td_beta", "clip_td_repaired", "demo_clip_td")
 
 
 @pytest.fixture
