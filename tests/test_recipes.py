@@ -181,6 +181,12 @@ def test_the_tasks_recipes_say_what_they_are(name, tmp_path):
     assert len(arms) >= 3
     for sets in arms:
         check(load_recipe(CONFIGS / f"{name}.yaml", [*shlex.split(sets)[1::2], f"data.folder={tmp_path}"]), 4)
+    released = {"snli_ve": {"dev", "test"}, "vqa_v2": {"val"}, "vqa_cp_v2": {"test"}, "vcr": {"val"}}  # but for train
+    for sets in re.findall(r"^# Other \w+: (--set .+)$", text(name), re.MULTILINE):
+        other = load_recipe(CONFIGS / f"{name}.yaml", shlex.split(sets)[1::2])
+        there = released[other.data.task]
+        asked = there & set(other.eval.splits)
+        assert asked and set(other.eval.splits) == asked | {f"{split}_shift" for split in asked if other.data.shift.by}, sets
 
 
 def test_the_arms_of_the_comments_are_those_of_the_experiment(tmp_path):

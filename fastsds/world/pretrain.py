@@ -2,8 +2,8 @@
 
 Stages in order: tokenizer, autoencoder, teacher (UNet and text encoder together, on captioned latents alone),
 student, vilt (the cross-modal student: vilt.py). Each writes its folder when it ends, in fp16; a folder that is there is not
-trained again unless asked for by `--only`. The log and a manifest (commit, command, seed, checksums, the teacher's own score)
-stand beside.
+trained again unless asked for by `--only`: all of it anew takes an `--output` of its own. The log and a manifest (commit,
+command, seed, checksums, the teacher's own score) stand beside.
 """
 
 import argparse
