@@ -80,7 +80,7 @@ def load_crossmodal(
 
 def _read(folder: Path, meta: bool) -> tuple[nn.Module, Family]:
     kind = read_json(folder / CONFIG_FILE).get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         expected = ", ".join(FAMILIES)
         raise ConfigError(f"{folder / CONFIG_FILE}: model_type is {kind!r}; expected a cross-modal model: {expected}")
     return FAMILIES[kind](folder, meta)

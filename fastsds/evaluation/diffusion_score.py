@@ -182,7 +182,7 @@ class DiffusionScorer:
             took = time.monotonic() - began
         least = "at most " if self.stop and not suite.gallery else ""
         about = clock(passes / self.batch * took)
-        return f"{suite.name}: {least}{passes:,} passes of the UNet, about {least}{about} on {self.teacher.device}"
+        return f"{suite.name}: {least}{passes:,} passes of the UNet, {least or 'about '}{about} on {self.teacher.device}"
 
     def _questions(self, items: Sequence[Item]) -> Iterator[_Question]:
         for item in items:
