@@ -62,10 +62,7 @@ def load_crossmodal(
             student = CrossModal(body, family, classes if saved is None else saved.answers)
     if saved is not None:
         if classes is not None:
-            try:
-                student.check_answers(classes)
-            except ConfigError as error:
-                raise ConfigError(f"{folder / HEAD_FILE}: {error}: remove it, for a new head") from error
+            student.check_answers(classes, str(folder / HEAD_FILE), ": remove it, for a new head")
             if not student.answers and not isinstance(classes, int):
                 student.answers = tuple(classes)
         own = {name: tensor for name, tensor in saved.state.items() if name.startswith("head.")}

@@ -115,15 +115,18 @@ class CrossModal(nn.Module):
             logits = logits.view(tokens.shape[:2])
         return CrossModalOutput(*(at_least_fp32(x) for x in (*features, logits)))
 
-    def check_answers(self, asked: int | Sequence[str]) -> None:
-        """Raise ConfigError unless the head gives these classes in this order, as far as both have names."""
+    def check_answers(self, asked: int | Sequence[str], where: str, hint: str = "") -> None:
+        """Raise ConfigError unless the head gives these classes in this order, as far as both have names.
+
+        Args: where, hint: how the error begins and ends.
+        """
         numbers = self.classes, asked if isinstance(asked, int) else len(asked)
         if numbers[0] != numbers[1]:
             has, wanted = (f"{n} classes" if n else "one score a choice" for n in numbers)
-            raise ConfigError(f"its head has {has}, the task asks for {wanted}")
+            raise ConfigError(f"{where}: its head has {has}, the task asks for {wanted}{hint}")
         if self.answers and not isinstance(asked, int) and self.answers != tuple(asked):
             k = next(k for k, (a, b) in enumerate(zip(self.answers, asked, strict=True)) if a != b)
-            raise ConfigError(f"its head's class {k} is {self.answers[k]!r}, the task's {asked[k]!r}")
+            raise ConfigError(f"{where}: its head's class {k} is {self.answers[k]!r}, the task's {asked[k]!r}{hint}")
 
     def tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> torch.Tensor:
         """Token ids, cut to the model's length with the end token kept, PADDING up to the longest of these texts.

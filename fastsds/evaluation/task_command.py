@@ -54,10 +54,7 @@ def load(asked: argparse.Namespace) -> Task:
 def answered(asked: argparse.Namespace, task: Task, model: str, place: torch.device) -> Result:
     """What a student answers; what it answered before is read. Raises: ConfigError where that is of another one, or of else."""
     student, splits, ranks = named.crossmodal(model, place), list(dict.fromkeys(asked.split)), Ranks()
-    try:
-        student.check_answers(task.classes)
-    except ConfigError as error:
-        raise ConfigError(f"model {model}, task {task.name}: {error}") from error
+    student.check_answers(task.classes, f"model {model}, task {task.name}")
     name = named.called(model)
     settings = {"weights": weights_digest(student), "precision": asked.precision, "splits": splits}
     about = {"suite": task.name, "scorer": {"name": name, "settings": settings}, "fingerprint": fingerprint(task, splits)}

@@ -31,10 +31,7 @@ def evaluate_task(
     Raises: ConfigError for a split that the task has not, a head of other classes, or an image that cannot be read or logits
         that are not finite, with the example's id.
     """
-    try:
-        getattr(model, "module", model).check_answers(task.classes)
-    except ConfigError as error:
-        raise ConfigError(f"task {task.name}: {error}") from error
+    getattr(model, "module", model).check_answers(task.classes, f"task {task.name}")
     if unknown := [split for split in splits if split not in task.splits]:
         raise ConfigError(f"task {task.name}: split {unknown[0]!r}, expected some of {', '.join(task.splits)}")
     splits, ranks, parts, rows = list(dict.fromkeys(splits)), Ranks(), {}, []
