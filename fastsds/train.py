@@ -34,7 +34,7 @@ from fastsds.data.loader import SkipLog, ahead
 from fastsds.distributed import INTERRUPTED, end
 from fastsds.engine import device, ranks
 from fastsds.metrics import Metrics, counts, describe
-from fastsds.training import Training, before_of, prepare, stage_before
+from fastsds.training import Training, before_of, kept_of, prepare, stage_before
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,9 +67,8 @@ def run(args: argparse.Namespace) -> int:
     begun = before is not None and args.resume == "latest" and not checkpoint.steps(output) and before_of(output).is_dir()
     resume = checkpoint.find(args.resume, output) if args.resume and not begun else None
     if holds_a_run(output) and (resume is None or output.resolve() not in resume.resolve().parents):
-        kept = " and ".join(name for name in ("adaptation", "targets") if (output / name).is_dir())  # a new run takes them
-        hint = f"it has no checkpoint: remove {f'all in it but {kept}' if kept else 'it'}"
-        hint = "go on with --resume latest" if checkpoint.steps(output) else hint
+        what = f"all in it but {' and '.join(kept)}" if (kept := kept_of(output)) else "it"
+        hint = "go on with --resume latest" if checkpoint.steps(output) else f"it has no checkpoint: remove {what}"
         raise ConfigError(f"output: {output} already holds a run; {hint}, or name another --output")
     place = torch.device("cpu") if args.dry_run else device()
     make_deterministic(place)

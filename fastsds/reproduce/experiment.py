@@ -18,6 +18,7 @@ from fastsds.evaluation.suite import Suite, load_suite
 from fastsds.evaluation.tasks import measures_of
 from fastsds.reproduce.file import ALL, OWN, PATHS, START, Reproduction, check_file, only_of, trained
 from fastsds.strict import merge, nearest, read_yaml, show
+from fastsds.training import check_batch
 
 SHIPPED = CONFIGS / "reproduce"
 
@@ -97,9 +98,8 @@ class Experiment:
         key, data = (digest(task_settings(recipe)), recipe.data.fraction), recipe.data
         if key not in self._sizes:
             self._sizes[key] = len(low_shot(self.task(recipe), data.fraction, recipe.seed).splits[TRAIN])
-        if data.batch > self._sizes[key]:
-            found = f"data.batch is {data.batch}, larger than the data: {data.task}, {TRAIN}, has {self._sizes[key]} samples"
-            raise ConfigError(f"{self.file}: {found} at data.fraction {data.fraction}")
+        named = f"{self.file}: data.fraction {data.fraction}: data.batch"
+        check_batch(named, data.batch, f"{data.task}, {TRAIN},", self._sizes[key])
 
     def measures(self, name: str) -> Iterable[str]:
         """The metrics of a section. Raises: ConfigError."""

@@ -35,11 +35,6 @@ class Training:
         """The data, as a checkpoint keeps them."""
         return {"samples": self.samples, "identity": self.identity}
 
-    def check_batch(self, key: str, what: str) -> None:
-        """Raise a ConfigError where a batch is larger than the data. Args: key: its key; what: the data."""
-        if self.samples is not None and self.recipe.data.batch > self.samples:
-            raise ConfigError(f"{key} is {self.recipe.data.batch}, larger than the data: {what} has {self.samples} samples")
-
     def begin(self, resumed: bool) -> None:
         """What is done once before training: on the plain student, before an engine shards it. Every rank calls it."""
 
@@ -56,6 +51,12 @@ class Training:
 
     def close(self) -> None:
         """The run is complete: drop what was only for going on."""
+
+
+def check_batch(key: str, batch: int, what: str, samples: int | None) -> None:
+    """Raise a ConfigError where a batch is larger than the data. Args: key: its key; what: the data; samples: None: unknown."""
+    if samples is not None and batch > samples:
+        raise ConfigError(f"{key} is {batch}, larger than the data: {what} has {samples} samples")
 
 
 def prepare(recipe: AnyRecipe, place: torch.device, rank: int, world_size: int, dry: bool = False) -> Training:
@@ -81,3 +82,13 @@ def stage_before(recipe: AnyRecipe) -> tuple[Recipe, Callable[..., Training]] | 
 def before_of(output: Path) -> Path:
     """The folder of `stage_before` in an output folder."""
     return Path(output) / "adaptation"
+
+
+def targets_of(output: Path) -> Path:
+    """The folder of what CLIP says of the examples, in an output folder."""
+    return Path(output) / "targets"
+
+
+def kept_of(output: Path) -> list[str]:
+    """Names of the folders in an output folder that a new run there takes from the one before."""
+    return [folder.name for folder in (before_of(output), targets_of(output)) if folder.is_dir()]

@@ -16,7 +16,7 @@ from fastsds.recipes.clip_targets import Selection, TargetCache, captioned, exam
 from fastsds.recipes.clip_td import CLIPTD, TeacherTargets, add_projections, labels_of, reads
 from fastsds.recipes.clip_tokens import ClipTokens
 from fastsds.student import load_student
-from fastsds.training import Training, before_of
+from fastsds.training import Training, before_of, check_batch, targets_of
 from fastsds.training.sds_clip import SDSCLIPTraining
 
 
@@ -68,7 +68,7 @@ class CLIPTDTraining(Training):
         if unknown := [split for split in recipe.eval.splits if split not in self.task.splits]:
             raise ConfigError(f"eval.splits: {unknown[0]!r}, expected some of {', '.join(self.task.splits)}")
         self.samples = len(self.examples)
-        self.check_batch("data.batch", f"{data.task}, {TRAIN},")
+        check_batch("data.batch", data.batch, f"{data.task}, {TRAIN},", self.samples)
         self.student, self.trained = make_crossmodal(recipe.student, self.task.classes, place, recipe.seed)
         self.objective, self.cache = CLIPTD(loss.beta, loss.weight, loss.distance), None
         if loss.beta:
@@ -79,7 +79,7 @@ class CLIPTDTraining(Training):
             add_projections(self.student, teacher.width, targets.select == "pooled", recipe.seed)
             self.trained += [name for name, _ in self.student.named_parameters() if name not in before]
             if not (dry and recipe.adaptation.steps):  # else another CLIP will be asked
-                folder = Path(targets.path) if targets.path else Path(recipe.output) / "targets"
+                folder = Path(targets.path) if targets.path else targets_of(recipe.output)
                 self.cache = TargetCache(folder, self.task, self.examples, teacher, self.student, selection)
         self.identity = self.cache.about["examples"] if self.cache else examples_digest(self.task, self.examples)
 

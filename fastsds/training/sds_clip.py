@@ -8,7 +8,7 @@ from fastsds.data.sources import open_source
 from fastsds.recipes.head import forget_sums, init_head
 from fastsds.recipes.sds_clip import SDSCLIP, teacher_parts
 from fastsds.student import make_student
-from fastsds.training import Training
+from fastsds.training import Training, check_batch
 
 
 class SDSCLIPTraining(Training):
@@ -35,7 +35,7 @@ class SDSCLIPTraining(Training):
         self.source = open_source(data, recipe.seed) if source is None else source
         self.samples = len(self.source) if hasattr(self.source, "__len__") else None
         self.identity = None if self.samples is None else self.source.identity()
-        self.check_batch(key, named or data.source)
+        check_batch(key, data.batch, named or data.source, self.samples)
         if self.bank:
             self.bank.attach(self.source, self.teacher if recipe.bank.refresh_every else None, rank, world_size)
         self.objective = SDSCLIP(loss, self.teacher, recipe.seed, world_size, rank, self.student.head,

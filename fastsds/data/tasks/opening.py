@@ -26,4 +26,4 @@ def open_task(data: TaskDataConfig, seed: int = 0) -> Task:
             task = shift_lists(task, {split: Path(file) for split, file in shift.lists.items()})
     except ConfigError as error:
         raise ConfigError(f"data.shift: {error}") from error
-    return task if data.fraction == 1 else low_shot(task, data.fraction, seed)
+    return low_shot(task, data.fraction, seed)

@@ -29,6 +29,8 @@ def low_shot(task: Task, fraction: float, seed: int, split: str = TRAIN) -> Task
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction: {fraction!r}, expected a number in (0, 1]")
+    if fraction == 1:
+        return task
     units: dict[str, list[Example]] = {}
     for example in task.splits[split]:
         units.setdefault(task.unit(example), []).append(example)
