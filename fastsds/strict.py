@@ -120,11 +120,14 @@ def describe(kind) -> str:
         if get_args(kind)[-1] is not ...:
             return f"a list of {len(get_args(kind))} numbers"
         return "a list of texts" if get_args(kind)[0] is str else f"a list of which each is {describe(get_args(kind)[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "keys with values"}[kind]
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "text",
+            dict: "keys with values"}[get_origin(kind) or kind]
 
 
 def convert(value, kind):
-    """The value as `kind`, or TypeError. A whole number is a number; true and false are neither; no text is parsed."""
+    """The value as `kind`, or TypeError. A whole number is a number; true and false are neither; no text is parsed, a path is
+    text. What is in a dict is not looked at.
+    """
     if get_origin(kind) in (Union, types.UnionType):
         for option in get_args(kind):
             try:
@@ -143,7 +146,10 @@ def convert(value, kind):
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    elif kind is Path:
+        if isinstance(value, (str, Path)):
+            return Path(value)
+    elif isinstance(value, get_origin(kind) or kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise TypeError
 

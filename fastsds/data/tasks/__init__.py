@@ -10,15 +10,13 @@ Metrics are means of outcomes, in percent, named OUTCOME or OUTCOME/FIELD=VALUE.
 says its prompts, and a loader of the released format that names file and row in its errors.
 """
 
-import contextlib
 import difflib
 import importlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -166,8 +164,12 @@ def load_task(name: str, folder=None, /, **options) -> Task:
     known = list(inspect.signature(load).parameters)[1 if made else 2 :]
     if unknown := [option for option in options if option not in known]:
         raise ConfigError(f"task {name}: unknown option {unknown[0]!r}, expected one of {', '.join(known)}")
+    kinds = get_type_hints(load)
     for option, value in options.items():
-        _check_kind(f"task {name}: {option}", value, get_type_hints(load)[option])
+        try:
+            convert(value, kinds[option])
+        except TypeError:
+            raise ConfigError(f"task {name}: {option} is {show(value)}, expected {describe(kinds[option])}") from None
     if made != (folder is None):
         raise ConfigError(f"task {name}: " + (f"takes no folder, got {folder}" if made else "expected the folder of its files"))
     if made:
@@ -175,14 +177,3 @@ def load_task(name: str, folder=None, /, **options) -> Task:
     if not Path(folder).is_dir():
         raise ConfigError(f"task {name}: folder {folder} does not exist")
     return load(name, Path(folder), **options)
-
-
-def _check_kind(what: str, value, kind) -> None:
-    """Raise ConfigError unless an option is of its annotation's kind; a path may be a text."""
-    written = {Path: str, dict[str, int]: dict}
-    kinds = [written.get(one, one) for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
-    for one in kinds:
-        with contextlib.suppress(TypeError):
-            convert(str(value) if isinstance(value, Path) else value, one)
-            return
-    raise ConfigError(f"{what} is {show(value)}, expected {' or '.join(describe(one) for one in kinds if one is not NoneType)}")
